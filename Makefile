@@ -1,0 +1,35 @@
+# Every target makes its own virtual environment first; python3 >= 3.10, make and a package index are all it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench clean help
+
+help:
+	@echo "make demo   synthetic subjects -> five folds -> ensemble -> masks, scores, pictures (runs/demo/report.html)"
+	@echo "make test   all tests with coverage"
+	@echo "make lint   ruff check and ruff format --check"
+	@echo "make bench  speed and memory against MONAI's own networks (docs/benchmarks.md)"
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+demo: $(READY)
+	$(BIN)/comnet demo --output_dir runs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/bench_mednext.py --output docs/benchmarks.md
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .coverage

@@ -1,0 +1,103 @@
+"""Inference: a whole volume at any size, and a loop over subjects that one bad subject cannot stop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from ignite.engine import Events
+from monai.data import Dataset, MetaTensor
+from monai.engines import SupervisedEvaluator
+from monai.inferers import Inferer
+from monai.utils import convert_to_dst_type
+
+logger = logging.getLogger("comnet")
+
+SUBJECT_KEY = "subject"
+FAILURE_KEY = "failure"
+CUDA_MEMORY_ADVICE = "use sliding-window inference (--inferer @sliding_window), a smaller roi_size, or the CPU"
+
+
+class WholeVolumeInferer(Inferer):
+    """Run the network once on the whole volume, padded to sizes that its four downsamplings divide.
+
+    The global statistics of GRN then cover the whole brain, and no voxel is computed twice.
+
+    Args:
+        divisor: every spatial size is padded with zeros (the background) to a multiple of this; 16 for MedNeXt.
+    """
+
+    def __init__(self, divisor: int = 16) -> None:
+        super().__init__()
+        self.divisor = divisor
+
+    def __call__(
+        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Infer ``[B, C, *spatial]`` of any size; the result has the same spatial size and, if any, metadata."""
+        image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        padding = [(-size) % self.divisor for size in image.shape[2:]]
+        padded = F.pad(image, [amount for size in reversed(padding) for amount in (size // 2, size - size // 2)])
+        output = network(padded, *args, **kwargs)
+        for axis, (size, amount) in enumerate(zip(image.shape[2:], padding, strict=True), start=2):
+            output = output.narrow(axis, amount // 2, size)
+        return convert_to_dst_type(output, inputs)[0] if isinstance(inputs, MetaTensor) else output
+
+
+class SubjectDataset(Dataset):
+    """Dataset for which a subject that cannot be read or preprocessed is an item that says so, not an exception."""
+
+    def _transform(self, index: int) -> Any:
+        try:
+            return super()._transform(index)
+        except Exception as error:
+            return {SUBJECT_KEY: self.data[index].get(SUBJECT_KEY, str(index)), FAILURE_KEY: describe(error)}
+
+
+class SubjectEvaluator(SupervisedEvaluator):
+    """MONAI's evaluator for a batch of subjects: a subject that fails is recorded, and the next one follows.
+
+    After a subject, ``engine.state.failure`` is ``None`` or the reason why it failed, and ``engine.state.subject`` its
+    name. ``failures`` collects them. Failures in reading, in the network and in postprocessing (writing included) are
+    all caught; interruption and running out of patience (Ctrl-C, SIGTERM) are not.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.failures: dict[str, str] = {}
+        super().__init__(*args, **kwargs)
+        self.add_event_handler(Events.STARTED, lambda engine: self.failures.clear())
+
+    def _iteration(self, engine: SupervisedEvaluator, batchdata: Mapping[str, Any]) -> Any:
+        engine.state.subject = _first(batchdata.get(SUBJECT_KEY, engine.state.iteration))
+        engine.state.failure = _first(batchdata.get(FAILURE_KEY))
+        output: Any = {}
+        if engine.state.failure is None:
+            try:
+                super()._iteration(engine, batchdata)
+                output = engine.state.output
+            except Exception as error:
+                logger.debug("subject %s failed", engine.state.subject, exc_info=True)
+                engine.state.failure = describe(error)
+        if engine.state.failure is not None:
+            self.failures[str(engine.state.subject)] = engine.state.failure
+            logger.error("subject %s: %s", engine.state.subject, engine.state.failure)
+        return output
+
+
+def describe(error: BaseException) -> str:
+    """Say in one line what went wrong: the innermost cause, with advice where memory ran out."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return f"out of memory: {CUDA_MEMORY_ADVICE}"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if not isinstance(error, ValueError) else text
+
+
+def _first(value: Any) -> Any:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return value[0] if value else None
+    return value
