@@ -33,6 +33,7 @@ class CoMNeT(nn.Module):
         super().__init__()
         self.backbones = nn.ModuleList(backbone() for _ in range(num_folds))
         self.corrector = corrector
+        self.margin = PROBABILITY_MARGIN
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Segment.
@@ -47,7 +48,7 @@ class CoMNeT(nn.Module):
         total = torch.zeros(1, dtype=torch.float32, device=image.device)
         for backbone in self.backbones:
             total = total + torch.sigmoid(backbone(image).float())
-        coarse = torch.logit(total / len(self.backbones), eps=PROBABILITY_MARGIN)
+        coarse = torch.logit(total / len(self.backbones), eps=self.margin)
         if self.corrector is not None:
             return self.corrector(image, coarse)
         return coarse

@@ -15,7 +15,9 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import DiskSaver
 from monai.data import set_rnd
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
+from torch.utils.data.distributed import DistributedSampler
 
 from .checkpoints import CheckpointError, save_atomically
 
@@ -35,8 +37,15 @@ class GradientClipper:
         self.max_norm = max_norm
 
     def attach(self, engine: Engine) -> None:
-        """Hook into the optimiser of a MONAI trainer."""
-        engine.optimizer.register_step_pre_hook(self._clip)
+        """Hook into the optimiser of a MONAI trainer for the length of its run."""
+        engine.add_event_handler(Events.STARTED, self._hook)
+        engine.add_event_handler(Events.COMPLETED, self._unhook)
+
+    def _hook(self, engine: Engine) -> None:
+        self.handle = engine.optimizer.register_step_pre_hook(self._clip)
+
+    def _unhook(self, engine: Engine) -> None:
+        self.handle.remove()
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -60,7 +69,13 @@ class EpochSeeder:
 
     def attach(self, engine: Engine) -> None:
         """Seed at the start of each epoch of ``engine``, before its data loader makes an iterator."""
-        engine.add_event_handler(Events.EPOCH_STARTED, lambda engine: self.seed_epoch(engine.state.epoch))
+        engine.add_event_handler(Events.EPOCH_STARTED, self._seed)
+
+    def _seed(self, engine: Engine) -> None:
+        self.seed_epoch(engine.state.epoch)
+        sampler = getattr(engine.state.dataloader, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(engine.state.epoch)
 
     def seed_epoch(self, epoch: int) -> None:
         """Seed Python, NumPy, PyTorch and the dataset's transforms for one epoch; another stream for each rank."""
@@ -175,7 +190,7 @@ class Resumer:
         """Write the state after an epoch (rank 0 only)."""
         if idist.get_rank() != 0:
             return
-        state = {key: item.state_dict() for key, item in self.objects.items()}
+        state = {key: _unwrapped(item).state_dict() for key, item in self.objects.items()}
         state["progress"] = {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
         if self.validator is not None:
             best = self.validator.state
@@ -193,7 +208,7 @@ class Resumer:
         state = torch.load(self.path, map_location="cpu", weights_only=True)
         try:
             for key, item in self.objects.items():
-                item.load_state_dict(state[key])
+                _unwrapped(item).load_state_dict(state[key])
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(
@@ -208,6 +223,10 @@ class Resumer:
         logger.info("resumed after epoch %d from %s", engine.state.epoch, self.path)
         if self.stopper is not None and self.stopper.exhausted:
             engine.terminate()
+
+
+def _unwrapped(item: Any) -> Any:
+    return item.module if isinstance(item, DistributedDataParallel) else item
 
 
 class ProgressBar:

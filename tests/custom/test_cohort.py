@@ -115,7 +115,7 @@ class TestNames:
         assert list(one([*extra, *names[::-1]], require_label=False).images) == names
 
     def test_the_manual_utsw_mask_is_preferred_and_the_cropped_one_never_used(self) -> None:
-        names = names_of("utsw") + ["case/tumorseg_manual_correction.nii.gz", "case/brain_t1_ants.nii.gz"]
+        names = [*names_of("utsw"), "case/tumorseg_manual_correction.nii.gz", "case/brain_t1_ants.nii.gz"]
         assert one(names).label == "case/tumorseg_FeTS.nii.gz"
         subject = one([*names, "case/rtumorseg_manual_correction.nii.gz"])
         assert (subject.label, subject.label_source) == ("case/rtumorseg_manual_correction.nii.gz", "manual")
@@ -163,7 +163,7 @@ class TestNames:
         assert one([*names_of("plain"), "case/._T1.nii.gz"]).images[0] == "case/T1.nii.gz"
 
     def test_namesakes_are_refused(self) -> None:
-        with pytest.raises(SubjectError, match="same|two folders") as caught:
+        with pytest.raises(SubjectError, match="two folders hold") as caught:
             subjects_from_names([f"{grade}/{name}" for grade in ("HGG", "LGG") for name in names_of("plain")])
         assert "HGG" in str(caught.value) and "LGG" in str(caught.value)
 
@@ -173,7 +173,7 @@ class TestNames:
 
     @pytest.mark.parametrize("wrong", [{"layout": "bids"}, {"palette": "rainbow"}])
     def test_unknown_choices_are_refused(self, wrong: dict[str, str]) -> None:
-        with pytest.raises(ValueError, match="unknown .* give one of"):
+        with pytest.raises(ValueError, match=r"unknown .* give one of"):
             subjects_from_names(names_of("plain"), **wrong)
 
     def test_whole_utsw_listing(self, real_data: Path) -> None:
@@ -241,9 +241,6 @@ class TestFacts:
     def test_tolerated_oddities_are_warnings(self, tmp_path: Path) -> None:
         folder = make_subject(tmp_path / "S1", mask=(make_mask() > 0).astype(np.uint8))
         save(folder / "T1.nii.gz", np.random.default_rng(0).integers(1, 900, SHAPE).astype(np.int16))
-        orphan = nib.load(folder / "T2w.nii.gz")
-        orphan.set_sform(None, 0)
-        orphan.set_qform(None, 0)
         warnings = " ".join(check_subject(find_subjects(tmp_path)[0][0])["warnings"])
         assert "t1n: only 0.0 %" in warnings and "skull" in warnings
         assert "only label 1" in warnings
@@ -350,7 +347,9 @@ class TestDatalist:
     def test_the_same_whatever_the_workers_and_wherever_it_lies(self, dataset: Path, tmp_path: Path) -> None:
         shutil.copytree(dataset, tmp_path / "moved")
         lists = [
-            cohort.build_datalist(folder, num_workers=workers) for folder in (dataset, tmp_path / "moved") for workers in (1, 3)
+            cohort.build_datalist(folder, num_workers=workers)
+            for folder in (dataset, tmp_path / "moved")
+            for workers in (1, 3)
         ]
         assert all(other == lists[0] for other in lists)
 

@@ -51,6 +51,13 @@ def test_epsilon_stands_in_numerator_and_denominator() -> None:
     assert_allclose(dsc_plus_plus(probabilities, target, eps=1.0).item(), 1 / (8 * 0.25 + 1))
 
 
+def test_soft_targets_are_squared_too() -> None:
+    logits, _ = sample(10)
+    soft = sample(11)[0].sigmoid()
+    expected = [[equation_5(sigmoid(logits[b, r].numpy()), soft[b, r].numpy(), 1e-5) for r in range(3)] for b in (0, 1)]
+    assert_allclose(dsc_plus_plus(logits.sigmoid(), soft).numpy(), expected, rtol=1e-5)
+
+
 def test_empty_region_predicted_empty_scores_one() -> None:
     empty = torch.zeros(1, 3, 4, 4, 4)
     assert torch.equal(dsc_plus_plus(empty, empty), torch.ones(1, 3))

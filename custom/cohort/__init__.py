@@ -1,0 +1,32 @@
+"""Subject folders → checked datalist, folds and exclusion report."""
+
+from __future__ import annotations
+
+from .checks import check_subject
+from .cohort import Cohort
+from .datalist import build_datalist, exclusions_file, load_datalist, write_datalist
+from .discovery import find_subjects, subject_from_files
+from .folds import assign_folds
+from .layouts import LAYOUTS, subjects_from_names
+from .subject import MODALITIES, PALETTES, REGION_TISSUES, REGIONS, Exclusion, Subject, SubjectError
+
+__all__ = [
+    "LAYOUTS",
+    "MODALITIES",
+    "PALETTES",
+    "REGIONS",
+    "REGION_TISSUES",
+    "Cohort",
+    "Exclusion",
+    "Subject",
+    "SubjectError",
+    "assign_folds",
+    "build_datalist",
+    "check_subject",
+    "exclusions_file",
+    "find_subjects",
+    "load_datalist",
+    "subject_from_files",
+    "subjects_from_names",
+    "write_datalist",
+]

@@ -1,0 +1,174 @@
+"""The cohort as bundle configurations see it: items to train on, to validate on, and to infer on."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from .checking import check_subjects, log_outcome
+from .datalist import build_datalist, load_datalist, with_absolute_paths, write_datalist
+from .discovery import DatasetDir, PathLike, find_subjects
+from .subject import Exclusion
+
+logger = logging.getLogger("comnet")
+
+Item = dict[str, Any]
+
+
+class Cohort:
+    """Checked subjects of a dataset, in folds.
+
+    Construction reads nothing. The first use of `training`, `validation` or `subjects` loads the datalist, or builds
+    it, which reads every file of the dataset once; the first use of `inputs` reads every image.
+
+    Args:
+        dataset_dir: a folder of subject folders, one subject's own folder, or a list of such folders.
+        datalist_file: JSON to load; where it does not exist yet it is written, with the exclusion report beside it. By
+            default the datalist is built in memory.
+        layout: one of `LAYOUTS`, or "auto".
+        palette: key of `PALETTES`; by default that of each subject's layout.
+        num_folds: number of folds; a loaded datalist must have as many.
+        seed: of the folds.
+        unknown_labels: "exclude" or "background", see `check_subject`.
+        allow_empty_mask: keep subjects without tumour.
+        num_workers: threads that check subjects.
+        progress: show a bar while subjects are checked.
+
+    Attributes:
+        exclusions: what the last check left out.
+    """
+
+    def __init__(
+        self,
+        dataset_dir: DatasetDir,
+        datalist_file: PathLike | None = None,
+        layout: str = "auto",
+        palette: str | None = None,
+        num_folds: int = 5,
+        seed: int = 0,
+        unknown_labels: str = "exclude",
+        allow_empty_mask: bool = False,
+        num_workers: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Keep the settings; nothing is read yet."""
+        self.dataset_dir = dataset_dir
+        self.datalist_file = datalist_file
+        self.layout = layout
+        self.palette = palette
+        self.num_folds = num_folds
+        self.seed = seed
+        self.unknown_labels = unknown_labels
+        self.allow_empty_mask = allow_empty_mask
+        self.num_workers = num_workers
+        self.progress = progress
+        self.exclusions: list[Exclusion] = []
+
+    def training(self, fold: int | str | None = None) -> list[Item]:
+        """Items of all folds but `fold`; all items for None or "all".
+
+        Each item has "subject", "patient", "image" (four absolute paths in order of `MODALITIES`), "label", "palette",
+        "label_source", "has_et" and "fold".
+
+        Raises:
+            ValueError: no such fold, or nothing is left to train on; whatever `build_datalist` raises.
+        """
+        if fold is None or fold == "all":
+            return self.subjects()
+        return self._part(fold, "training", [item for item in self.subjects() if item["fold"] != fold])
+
+    def validation(self, fold: int) -> list[Item]:
+        """Items of `fold`, like those of `training`.
+
+        Raises:
+            ValueError: no such fold, or it is empty; whatever `build_datalist` raises.
+        """
+        return self._part(fold, "validation", [item for item in self.subjects() if item["fold"] == fold])
+
+    def subjects(self) -> list[Item]:
+        """All items, like those of `training`, in order of subject names; the caller may change them."""
+        return copy.deepcopy(self._datalist["training"])
+
+    def inputs(self) -> list[Item]:
+        """Items to infer on: "subject" and "image" (four absolute paths). Masks are neither needed nor read.
+
+        Every image is checked. Subjects that fail are in `exclusions` and in the log.
+
+        Raises:
+            ValueError: no subject is usable.
+            OSError: the dataset folder is absent or is none.
+        """
+        return copy.deepcopy(self._inputs)
+
+    @cached_property
+    def _inputs(self) -> list[Item]:
+        subjects, nameless = find_subjects(self.dataset_dir, self.layout, self.palette, require_label=False)
+        unlabelled = [replace(subject, label=None, label_source=None) for subject in subjects]
+        kept, faulty = check_subjects(unlabelled, self.num_workers, self.progress)
+        self.exclusions = sorted([*nameless, *faulty], key=lambda exclusion: (exclusion.subject, exclusion.file))
+        log_outcome(kept, self.exclusions, str(self.dataset_dir))
+        return [{"subject": subject.name, "image": list(subject.images)} for subject, _ in kept]
+
+    @cached_property
+    def _datalist(self) -> dict[str, Any]:
+        if self.datalist_file is None:
+            datalist, self.exclusions = self._build()
+            return with_absolute_paths(datalist, self.dataset_dir)
+        if not os.path.exists(self.datalist_file):
+            datalist, self.exclusions = self._build()
+            table = write_datalist(datalist, self.exclusions, self.datalist_file)
+            logger.info("wrote %s and %s", self.datalist_file, table)
+        datalist = load_datalist(self.datalist_file, self.dataset_dir)
+        self._check_settings(datalist)
+        logger.info("%s: loaded %d subjects", self.datalist_file, len(datalist["training"]))
+        return datalist
+
+    def _build(self) -> tuple[dict[str, Any], list[Exclusion]]:
+        return build_datalist(
+            self.dataset_dir,
+            self.layout,
+            self.palette,
+            self.num_folds,
+            self.seed,
+            self.unknown_labels,
+            self.allow_empty_mask,
+            self.num_workers,
+            self.progress,
+        )
+
+    def _check_settings(self, datalist: dict[str, Any]) -> None:
+        folds = datalist.get("num_folds", 1 + max(item["fold"] for item in datalist["training"]))
+        if folds != self.num_folds:
+            raise ValueError(
+                f"{self.datalist_file} has {folds} folds, but num_folds is {self.num_folds}: "
+                f"set num_folds to {folds}, or delete the datalist to have it built again."
+            )
+        palettes = {item["palette"] for item in datalist["training"]}
+        if self.palette is not None and palettes != {self.palette}:
+            raise ValueError(
+                f"{self.datalist_file} was built with palette {', '.join(sorted(palettes))}, not {self.palette}: "
+                "ask for that one, or delete the datalist to have it built again."
+            )
+        for key in ("seed", "unknown_labels", "allow_empty_mask"):
+            asked = getattr(self, key)
+            if datalist.get(key, asked) != asked:
+                logger.warning(
+                    "%s was built with %s=%r, which stands; %r was asked for. Delete it to have it built again.",
+                    self.datalist_file,
+                    key,
+                    datalist[key],
+                    asked,
+                )
+
+    def _part(self, fold: int | str | None, part: str, items: list[Item]) -> list[Item]:
+        if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < self.num_folds:
+            raise ValueError(f"no fold {fold!r} to take {part} items of: give a number from 0 to {self.num_folds - 1}.")
+        if not items:
+            raise ValueError(
+                f"fold {fold} of {self.num_folds} leaves no subject for {part}: give fewer folds or more subjects."
+            )
+        return items

@@ -1,0 +1,214 @@
+"""The datalist: checked subjects with their folds as JSON for MONAI, and the exclusion report beside it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from .checking import check_subjects, log_outcome
+from .discovery import DatasetDir, PathLike, base_folder, find_subjects
+from .folds import assign_folds
+from .subject import MODALITIES, PALETTES, REGIONS, Exclusion, Subject
+
+ITEM_KEYS = ("subject", "image", "label", "palette", "label_source", "has_et", "fold")
+
+
+def build_datalist(
+    dataset_dir: DatasetDir,
+    layout: str = "auto",
+    palette: str | None = None,
+    num_folds: int = 5,
+    seed: int = 0,
+    unknown_labels: str = "exclude",
+    allow_empty_mask: bool = False,
+    num_workers: int | None = None,
+    progress: bool = False,
+) -> tuple[dict[str, Any], list[Exclusion]]:
+    """Find and check all subjects, and deal the good ones into folds.
+
+    Args:
+        dataset_dir: a folder of subject folders, one subject's own folder, or a list of such folders.
+        layout: one of `LAYOUTS`, or "auto".
+        palette: key of `PALETTES`; by default that of each subject's layout.
+        num_folds: number of folds, see `assign_folds`.
+        seed: of the folds.
+        unknown_labels: "exclude" or "background", see `check_subject`.
+        allow_empty_mask: keep subjects without tumour.
+        num_workers: threads that check subjects, see `check_subjects`.
+        progress: show a bar while subjects are checked.
+
+    Returns:
+        A MONAI datalist, whose "training" items have paths relative to the dataset folder (to the innermost folder that
+        holds them all, if there are several), and what was excluded, with paths relative to the same.
+
+    Raises:
+        ValueError: no usable subject, or an argument out of range.
+        OSError: the dataset folder is absent or is none.
+    """
+    assign_folds([], num_folds, seed)
+    base = base_folder(dataset_dir)
+    subjects, nameless = find_subjects(dataset_dir, layout, palette)
+    options = {"unknown_labels": unknown_labels, "allow_empty_mask": allow_empty_mask}
+    kept, faulty = check_subjects(subjects, num_workers, progress, require_label=True, **options)
+    exclusions = sorted([*nameless, *faulty], key=lambda exclusion: (exclusion.subject, exclusion.file))
+    log_outcome(kept, exclusions, str(base), " in the exclusion report")
+    items = _items(kept, base, num_folds, seed)
+    datalist = {
+        "name": "comnet",
+        "comnet_version": __version__,
+        "layout": _common([subject.layout for subject, _ in kept]),
+        "modalities": list(MODALITIES),
+        "regions": list(REGIONS),
+        "num_folds": num_folds,
+        "seed": seed,
+        **options,
+        "counts": _counts(items, exclusions, num_folds),
+        "training": items,
+        "facts": {subject.name: facts for subject, facts in kept},
+    }
+    return datalist, [replace(exclusion, file=_relative(exclusion.file, base)) for exclusion in exclusions]
+
+
+def write_datalist(datalist: dict[str, Any], exclusions: Iterable[Exclusion], datalist_file: PathLike) -> Path:
+    """Write `datalist_file`, and next to it the exclusions (a header only when there are none), each whole or not.
+
+    Returns:
+        Path of the exclusion report.
+    """
+    path = Path(datalist_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, [field.name for field in fields(Exclusion)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(exclusion) for exclusion in exclusions)
+    _write_whole(exclusions_file(path), table.getvalue())
+    _write_whole(path, json.dumps(datalist, indent=1) + "\n")
+    return exclusions_file(path)
+
+
+def exclusions_file(datalist_file: PathLike) -> Path:
+    """Where the exclusion report of a datalist lies: `<stem>_exclusions.csv` in the same folder."""
+    path = Path(datalist_file)
+    return path.with_name(f"{path.stem}_exclusions.csv")
+
+
+def load_datalist(datalist_file: PathLike, dataset_dir: DatasetDir) -> dict[str, Any]:
+    """Read a datalist, and make the paths of its "training" items absolute.
+
+    MONAI's `load_decathlon_datalist` reads the same file, but turns every text that happens to name a file or folder in
+    `base_dir` into a path: "subject" comes back as the path of the subject's folder.
+
+    Raises:
+        ValueError: no JSON, no items, keys missing, another order of modalities, a fold out of range, a name twice.
+        FileNotFoundError: a file is absent; names the first ones.
+    """
+    datalist = _read_json(datalist_file)
+    _check_items(datalist, str(datalist_file))
+    absolute = with_absolute_paths(datalist, dataset_dir)
+    files = [file for item in absolute["training"] for file in (*item["image"], item["label"])]
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing:
+        raise FileNotFoundError(
+            f"{datalist_file}: {len(missing)} of {len(files)} files do not exist, first {', '.join(missing[:3])}. "
+            "Give the dataset_dir it was built from, or delete the datalist to have it built again."
+        )
+    return absolute
+
+
+def with_absolute_paths(datalist: dict[str, Any], dataset_dir: DatasetDir) -> dict[str, Any]:
+    """Copy of a datalist whose "training" items have absolute paths."""
+    base = base_folder(dataset_dir)
+    items = [
+        item | {"image": [_absolute(file, base) for file in item["image"]], "label": _absolute(item["label"], base)}
+        for item in datalist["training"]
+    ]
+    return datalist | {"training": items}
+
+
+def _items(kept: list[tuple[Subject, dict[str, Any]]], base: Path, num_folds: int, seed: int) -> list[dict[str, Any]]:
+    items = [
+        {
+            "subject": subject.name,
+            "patient": subject.patient,
+            "image": [_relative(file, base) for file in subject.images],
+            "label": _relative(str(subject.label), base),
+            "palette": subject.palette,
+            "label_source": subject.label_source,
+            "has_et": facts["has_et"],
+        }
+        for subject, facts in kept
+    ]
+    folds = assign_folds(items, num_folds, seed)
+    return [item | {"fold": folds[item["subject"]]} for item in items]
+
+
+def _counts(items: list[dict[str, Any]], exclusions: list[Exclusion], num_folds: int) -> dict[str, Any]:
+    by_fold = Counter(item["fold"] for item in items)
+    return {
+        "subjects": len(items),
+        "with_et": sum(item["has_et"] for item in items),
+        "excluded": len(exclusions),
+        "by_label_source": dict(sorted(Counter(item["label_source"] for item in items).items())),
+        "by_palette": dict(sorted(Counter(item["palette"] for item in items).items())),
+        "by_fold": [by_fold[fold] for fold in range(num_folds)],
+    }
+
+
+def _common(values: list[str]) -> str:
+    return values[0] if len(set(values)) == 1 else "mixed"
+
+
+def _relative(file: str, base: Path) -> str:
+    return Path(os.path.relpath(file, base)).as_posix()
+
+
+def _absolute(file: str, base: Path) -> str:
+    return os.path.normpath(os.path.join(base, file))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _read_json(file: PathLike) -> dict[str, Any]:
+    try:
+        datalist = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: no JSON ({error}). Delete it to have the datalist built again.") from error
+    if not isinstance(datalist, dict) or not isinstance(datalist.get("training"), list) or not datalist["training"]:
+        raise ValueError(f'{file}: no items under "training". Delete it to have the datalist built again.')
+    return datalist
+
+
+def _check_items(datalist: dict[str, Any], file: str) -> None:
+    order = datalist.get("modalities", list(MODALITIES))
+    if order != list(MODALITIES):
+        raise ValueError(f"{file}: modalities are in the order {order}, not {list(MODALITIES)}: build it again.")
+    names: set[str] = set()
+    for number, item in enumerate(datalist["training"]):
+        absent = [key for key in ITEM_KEYS if key not in item]
+        if absent:
+            raise ValueError(f"{file}: training item {number} lacks {', '.join(absent)}: add them or build it again.")
+        if not isinstance(item["image"], list) or len(item["image"]) != len(MODALITIES):
+            raise ValueError(f"{file}: {item['subject']} needs a list of {len(MODALITIES)} images: build it again.")
+        if item["palette"] not in PALETTES:
+            raise ValueError(f"{file}: {item['subject']} has palette {item['palette']!r}, none of {list(PALETTES)}.")
+        if not isinstance(item["fold"], int) or not 0 <= item["fold"] < datalist.get("num_folds", float("inf")):
+            raise ValueError(f"{file}: {item['subject']} is in fold {item['fold']!r}, which is none of its folds.")
+        if item["subject"] in names:
+            raise ValueError(f"{file}: {item['subject']} is listed twice: take one out.")
+        names.add(item["subject"])

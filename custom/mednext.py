@@ -1,0 +1,365 @@
+"""MedNeXt v1 with Global Response Normalisation, both normalisations folded into the pointwise convolutions.
+
+A block is: depthwise convolution -> per-channel normalisation -> 1x1x1 expansion -> GELU -> GRN -> 1x1x1 compression.
+Each normalisation is a per-channel scale of what a pointwise convolution reads next, so it becomes a change of that
+convolution's weights, one set for each sample, and no normalised feature map is ever written:
+
+    normalisation of y - mean:  s = weight / sqrt(var + eps)     expansion W * s, its bias + W @ norm.bias
+    GRN of h:                   n = |h_c| / mean_c |h_c|         compression W * (1 + gamma * n), its bias + W @ beta
+
+Feature maps are (N, C, D, H, W) in channels-last memory, so that a pointwise convolution is a matrix product over the
+rows of (N, V, C), V = D * H * W voxels.
+
+References: Roy et al., "MedNeXt: Transformer-driven Scaling of ConvNets for Medical Image Segmentation", MICCAI 2023;
+GRN from Woo et al., "ConvNeXt V2", CVPR 2023. Wiring as in github.com/MIC-DKFZ/MedNeXt, parameter names as in MONAI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LEVELS = 5
+REDUCTION = 2 ** (LEVELS - 1)
+
+
+class MedNeXt(nn.Module):
+    """Five-level residual encoder-decoder of MedNeXt blocks.
+
+    In training with deep supervision the output is a list of logits [full, 1/2, 1/4, 1/8, 1/16 resolution]; otherwise
+    (evaluation, TorchScript, no deep supervision) it is the full-resolution logits tensor alone. State dicts load
+    strictly either way.
+
+    Args:
+        in_channels: image channels; 4 for T1n, T1c, T2w, T2-FLAIR.
+        out_channels: logit channels; 3 for the regions ET, TC, WT.
+        filters: channels at full resolution, doubled at each of the four lower ones.
+        expansions: nine expansion ratios: encoder stages 0-3, bottleneck, decoder stages 3-0. A down block takes the
+            ratio of the stage below it, an up block that of the stage it leads to.
+        blocks: nine numbers of blocks, in the same order.
+        kernel_size: odd edge length of the depthwise kernels.
+        deep_supervision: whether there are output heads at the four lower resolutions.
+        grn: whether Global Response Normalisation is in every block, down and up blocks too.
+        checkpointing: recompute each block in the backward pass rather than keep its activations.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 4,
+        out_channels: int = 3,
+        filters: int = 32,
+        expansions: Sequence[int] = (2, 3, 4, 4, 4, 4, 4, 3, 2),
+        blocks: Sequence[int] = (2, 2, 2, 2, 2, 2, 2, 2, 2),
+        kernel_size: int = 3,
+        deep_supervision: bool = True,
+        grn: bool = True,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0 or len(expansions) != 9 or len(blocks) != 9:
+            raise ValueError(
+                "MedNeXt needs an odd kernel_size, nine expansions and nine blocks; "
+                f"got kernel_size {kernel_size}, expansions {tuple(expansions)}, blocks {tuple(blocks)}"
+            )
+        self.in_channels = in_channels
+        width = [filters * 2**level for level in range(LEVELS)]
+
+        def block(source: int, target: int, stage: int) -> Block:
+            resample = {-1: "up", 0: "none", 1: "down"}[target - source]
+            return Block(width[source], width[target], expansions[stage], kernel_size, resample, grn, checkpointing)
+
+        def stage(level: int, index: int) -> nn.Sequential:
+            return nn.Sequential(*(block(level, level, index) for _ in range(blocks[index])))
+
+        self.stem = nn.Conv3d(in_channels, filters, 1)
+        self.enc_stages = nn.ModuleList(stage(i, i) for i in range(4))
+        self.down_blocks = nn.ModuleList(block(i, i + 1, i + 1) for i in range(4))
+        self.bottleneck = stage(4, 4)
+        self.up_blocks = nn.ModuleList(block(4 - i, 3 - i, 5 + i) for i in range(4))
+        self.dec_stages = nn.ModuleList(stage(3 - i, 5 + i) for i in range(4))
+        self.out_0 = Head(filters, out_channels)
+        coarse = range(4) if deep_supervision else ()
+        self.out_blocks = nn.ModuleList(Head(width[4 - i], out_channels) for i in coarse)
+
+    def forward(self, x: Tensor):
+        """Segment a batch of images.
+
+        Args:
+            x: (N, in_channels, D, H, W), sizes divisible by 16; a MetaTensor comes back as a plain tensor.
+
+        Returns:
+            Logits (N, out_channels, D, H, W), or in training with deep supervision the list of five.
+
+        Raises:
+            ValueError: for another number of channels, or a size that 16 does not divide.
+        """
+        if not torch.jit.is_scripting():
+            x = x.as_tensor() if isinstance(x, MetaTensor) else x
+            self.check(x)
+        if torch.jit.is_scripting() or not torch.jit.is_tracing():
+            x = x.contiguous(memory_format=torch.channels_last_3d)
+        x = self.stem(x)
+        skips: list[Tensor] = []
+        for enc_stage, down_block in zip(self.enc_stages, self.down_blocks):
+            x = enc_stage(x)
+            skips.append(x)
+            x = down_block(x)
+        x = self.bottleneck(x)
+        features = [x]  # 1/16 resolution, then finer and finer
+        for up_block, dec_stage in zip(self.up_blocks, self.dec_stages):
+            x = dec_stage(up_block(x) + skips.pop())
+            features.append(x)
+        logits = self.out_0(x)
+        if not torch.jit.is_scripting() and self.training and len(self.out_blocks) > 0:
+            return [logits] + [head(f) for head, f in zip(self.out_blocks, features)][::-1]
+        return logits
+
+    @torch.jit.unused
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError where the network cannot take this input; silent while a graph is recorded."""
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return
+        if x.dim() != 5 or x.shape[1] != self.in_channels:
+            order = " in the order T1n, T1c, T2w, T2-FLAIR" if self.in_channels == 4 else ""
+            raise ValueError(
+                f"MedNeXt: input of shape {tuple(x.shape)}, expected (N, {self.in_channels}, D, H, W) with "
+                f"{self.in_channels} channels{order}: stack the modalities on axis 1"
+            )
+        if any(size % REDUCTION for size in x.shape[2:]):
+            raise ValueError(
+                f"MedNeXt: spatial size {tuple(x.shape[2:])} of the input is not divisible by {REDUCTION}: use an "
+                "inferer that pads (custom.inferers for the whole brain, or monai.inferers.SlidingWindowInferer with a "
+                f"roi_size divisible by {REDUCTION}), or pad with monai.transforms.DivisiblePadd(k={REDUCTION})"
+            )
+
+
+class Block(nn.Module):
+    """One MedNeXt block; `resample` makes it halve ("down") or double ("up") the resolution.
+
+    Maps (N, in_channels, D, H, W) to (N, out_channels, D', H', W'). State dicts are those of MONAI's MedNeXtBlock,
+    MedNeXtDownBlock and MedNeXtUpBlock with residual connections.
+
+    Args:
+        in_channels: channels of the input and of the depthwise convolution.
+        out_channels: channels of the output; equal to `in_channels` where `resample` is "none".
+        expansion: width of the hidden layer as a multiple of `in_channels`.
+        kernel_size: odd edge length of the depthwise kernel.
+        resample: "none", "down" or "up".
+        grn: whether Global Response Normalisation follows the activation.
+        checkpointing: recompute this block in the backward pass rather than keep its activations.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        expansion: int,
+        kernel_size: int = 3,
+        resample: str = "none",
+        grn: bool = True,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        conv = nn.ConvTranspose3d if resample == "up" else nn.Conv3d
+        stride = 1 if resample == "none" else 2
+        hidden = expansion * in_channels
+        self.up = resample == "up"
+        self.checkpointing = checkpointing
+        self.conv1 = conv(in_channels, in_channels, kernel_size, stride, kernel_size // 2, groups=in_channels)
+        self.norm = nn.GroupNorm(in_channels, in_channels)
+        self.conv2 = nn.Conv3d(in_channels, hidden, 1)
+        self.conv3 = nn.Conv3d(hidden, out_channels, 1)
+        self.res_conv = nn.Identity() if resample == "none" else conv(in_channels, out_channels, 1, stride)
+        self.global_resp_beta = nn.Parameter(torch.zeros(1, hidden, 1, 1, 1)) if grn else None
+        self.global_resp_gamma = nn.Parameter(torch.zeros(1, hidden, 1, 1, 1)) if grn else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the block, keeping its activations for the backward pass or not."""
+        if not torch.jit.is_scripting() and self.checkpointing and self.training:
+            return checkpoint(self.run, x, use_reentrant=False)
+        return self.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        """Depthwise convolution, expansion, GELU, compression, residual."""
+        y = self.conv1(x)
+        y = y.sub_(y.mean((2, 3, 4), keepdim=True, dtype=torch.float32))
+        h, norm = self.expand(y.flatten(2).transpose(1, 2))  # (N, V, E), (N, 1, E)
+        z = self.compress(h, norm).transpose(1, 2).unflatten(2, y.shape[2:])
+        z = z + self.res_conv(x)
+        return pad_front(z) if self.up else z
+
+    def expand(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """GELU of the expansion of the normalised rows of y (N, V, C), and its norm over voxels (N, 1, E)."""
+        weight, bias = self.conv2.weight.flatten(1), self.conv2.bias  # (E, C), (E,)
+        assert bias is not None
+        bias = bias + (weight * self.norm.bias).sum(1)
+        var = norm_over_voxels(y).square() / y.shape[1]  # (N, 1, C)
+        weight = weight * (self.norm.weight * torch.rsqrt(var + self.norm.eps))  # (N, E, C)
+        h = F.gelu(torch.baddbmm(bias.to(y.dtype), y, weight.to(y.dtype).transpose(1, 2)))
+        return h, norm_over_voxels(h)
+
+    def compress(self, h: Tensor, norm: Tensor) -> Tensor:
+        """Compression (N, V, O) of the GRN of h (N, V, E), whose norm over voxels is (N, 1, E)."""
+        weight, bias = self.conv3.weight.flatten(1)[None], self.conv3.bias  # (1, O, E), (O,)
+        assert bias is not None
+        gamma, beta = self.global_resp_gamma, self.global_resp_beta
+        if gamma is not None and beta is not None:
+            bias = bias + (weight * beta.flatten(1)).sum(2)[0]
+            weight = weight * (1 + gamma.flatten(1) * norm / (norm.mean(2, keepdim=True) + 1e-6))  # (N, O, E)
+        weight = weight.expand(h.shape[0], -1, -1).to(h.dtype)
+        return torch.baddbmm(bias.to(h.dtype), h, weight.transpose(1, 2))
+
+
+class Head(nn.Module):
+    """Pointwise convolution to logits; a transposed one, as in the checkpoints."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv_out = nn.ConvTranspose3d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, out_channels, D, H, W) of features (N, in_channels, D, H, W)."""
+        return self.conv_out(x)
+
+
+def norm_over_voxels(rows: Tensor) -> Tensor:
+    """Euclidean norm of (N, V, C) over V in fp32, (N, 1, C); its gradient at an all-zero channel is zero."""
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32)
+
+
+def pad_front(x: Tensor) -> Tensor:
+    """One voxel of zeros before each spatial axis: a doubling convolution makes 2n - 1 voxels of n."""
+    rows = F.pad(x.permute(0, 2, 3, 4, 1), (0, 0, 1, 0, 1, 0, 1, 0))
+    return rows.permute(0, 4, 1, 2, 3)
+
+
+def mednext_small(
+    in_channels: int = 4,
+    out_channels: int = 3,
+    kernel_size: int = 3,
+    deep_supervision: bool = True,
+    grn: bool = True,
+    checkpointing: bool = False,
+) -> MedNeXt:
+    """MedNeXt-S: two blocks a stage, expansion 2. Arguments as in `MedNeXt`."""
+    shape = (32, (2,) * 9, (2,) * 9)
+    return MedNeXt(in_channels, out_channels, *shape, kernel_size, deep_supervision, grn, checkpointing)
+
+
+def mednext_base(
+    in_channels: int = 4,
+    out_channels: int = 3,
+    kernel_size: int = 3,
+    deep_supervision: bool = True,
+    grn: bool = True,
+    checkpointing: bool = False,
+) -> MedNeXt:
+    """MedNeXt-B: two blocks a stage, expansion 2 to 4. Arguments as in `MedNeXt`."""
+    shape = (32, (2, 3, 4, 4, 4, 4, 4, 3, 2), (2,) * 9)
+    return MedNeXt(in_channels, out_channels, *shape, kernel_size, deep_supervision, grn, checkpointing)
+
+
+def mednext_medium(
+    in_channels: int = 4,
+    out_channels: int = 3,
+    kernel_size: int = 3,
+    deep_supervision: bool = True,
+    grn: bool = True,
+    checkpointing: bool = False,
+) -> MedNeXt:
+    """MedNeXt-M: three or four blocks a stage, expansion 2 to 4. Arguments as in `MedNeXt`."""
+    shape = (32, (2, 3, 4, 4, 4, 4, 4, 3, 2), (3, 4, 4, 4, 4, 4, 4, 4, 3))
+    return MedNeXt(in_channels, out_channels, *shape, kernel_size, deep_supervision, grn, checkpointing)
+
+
+def mednext_large(
+    in_channels: int = 4,
+    out_channels: int = 3,
+    kernel_size: int = 3,
+    deep_supervision: bool = True,
+    grn: bool = True,
+    checkpointing: bool = False,
+) -> MedNeXt:
+    """MedNeXt-L: three to eight blocks a stage, expansion 3 to 8. Arguments as in `MedNeXt`."""
+    shape = (32, (3, 4, 8, 8, 8, 8, 8, 4, 3), (3, 4, 8, 8, 8, 8, 8, 4, 3))
+    return MedNeXt(in_channels, out_channels, *shape, kernel_size, deep_supervision, grn, checkpointing)
+
+
+def mednext_tiny(
+    in_channels: int = 4,
+    out_channels: int = 3,
+    kernel_size: int = 3,
+    deep_supervision: bool = True,
+    grn: bool = True,
+    checkpointing: bool = False,
+) -> MedNeXt:
+    """For tests and demonstrations: eight filters, one block a stage, expansion 2. Arguments as in `MedNeXt`."""
+    shape = (8, (2,) * 9, (1,) * 9)
+    return MedNeXt(in_channels, out_channels, *shape, kernel_size, deep_supervision, grn, checkpointing)
+
+
+MIC_DKFZ_NAMES = {
+    "stem": "stem",
+    **{f"enc_block_{i}": f"enc_stages.{i}" for i in range(4)},
+    **{f"down_{i}": f"down_blocks.{i}" for i in range(4)},
+    "bottleneck": "bottleneck",
+    **{f"up_{i}": f"up_blocks.{3 - i}" for i in range(4)},
+    **{f"dec_block_{i}": f"dec_stages.{3 - i}" for i in range(4)},
+    "out_0": "out_0",
+    **{f"out_{i}": f"out_blocks.{4 - i}" for i in range(1, 5)},
+}
+
+
+def from_mic_dkfz(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Translate the state dict of a MIC-DKFZ MedNeXt v1 into one for `MedNeXt` of the same size.
+
+    `MIC_DKFZ_NAMES` maps the first part of each name; `grn_beta` and `grn_gamma` become `global_resp_beta` and
+    `global_resp_gamma`; `dummy_tensor` is dropped, as is a leading `module.`. With GRN on, MIC-DKFZ's `down_0` has
+    none: zeros stand in for it, which make a GRN the identity.
+
+    Args:
+        state_dict: names and tensors, as under "state_dict" in an nnU-Net `.model` file.
+
+    Returns:
+        A state dict for `MedNeXt`; without `out_1` to `out_4` one for `deep_supervision=False`.
+
+    Raises:
+        ValueError: names the keys that do not fit or are missing.
+    """
+    source = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    source.pop("dummy_tensor", None)
+    unknown = [name for name in source if name.partition(".")[0] not in MIC_DKFZ_NAMES]
+    if unknown:
+        raise ValueError(f"not a MIC-DKFZ MedNeXt state dict: unknown keys {_shown(unknown)}. {_advice(unknown)}")
+    present = {name.partition(".")[0] for name in source}
+    missing = [part for part in MIC_DKFZ_NAMES if part not in present]
+    if missing and missing != ["out_1", "out_2", "out_3", "out_4"]:
+        raise ValueError(f"incomplete MIC-DKFZ MedNeXt state dict: no keys for {_shown(missing)}")
+    target = {_translate(name): tensor for name, tensor in source.items()}
+    if any(name.endswith("global_resp_gamma") for name in target):
+        absent = target["down_blocks.0.conv2.bias"].new_zeros(1, len(target["down_blocks.0.conv2.bias"]), 1, 1, 1)
+        target.setdefault("down_blocks.0.global_resp_beta", absent)
+        target.setdefault("down_blocks.0.global_resp_gamma", absent.clone())
+    return target
+
+
+def _translate(name: str) -> str:
+    part, _, rest = name.partition(".")
+    return f"{MIC_DKFZ_NAMES[part]}.{rest.replace('grn_', 'global_resp_')}"
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _advice(unknown: Sequence[str]) -> str:
+    if "state_dict" in unknown:
+        return "Pass checkpoint['state_dict']"
+    if any(name.startswith(("enc_stages.", "down_blocks.", "up_blocks.")) for name in unknown):
+        return "These names are already the target's: load the state dict without translation"
+    return "Expected stem, enc_block_0..3, down_0..3, bottleneck, up_3..0, dec_block_3..0 and out_0..4"

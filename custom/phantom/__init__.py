@@ -1,0 +1,8 @@
+"""Synthetic four-modality glioma subjects with their ground truth, in memory and on disk."""
+
+from __future__ import annotations
+
+from .files import write_cohort, write_phantom
+from .simulate import simulate
+
+__all__ = ["simulate", "write_cohort", "write_phantom"]

@@ -1,0 +1,99 @@
+"""One subject in memory: four images and the label map on a chosen grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import ndimage
+
+from .anatomy import BRAIN_BOX_MM, Brain
+from .lesion import Glioma, Lesion
+from .signal import intensities, rician
+
+
+def simulate(
+    shape: Sequence[int], spacing: Sequence[float], seed: int, enhancing: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Simulates one glioma subject on a grid with axes to the Right, Anterior and Superior.
+
+    The anatomy is a function of `seed` and of position in mm relative to the middle of the grid; the grid only samples
+    it. Where the field of view is smaller than the brain (152 x 187 x 151 mm with margins), the whole brain shrinks
+    with it. Below about 24 voxels a side a rim may be too thin to be labelled.
+
+    Args:
+        shape: voxels along R, A, S.
+        spacing: voxel size in mm along R, A, S.
+        seed: the same seed gives the same bytes.
+        enhancing: with an enhancing rim; otherwise the label map has no ET.
+
+    Returns:
+        Images, float32 [4, *shape] in the order T1n, T1c, T2w, T2-FLAIR, non-negative and exactly 0 outside the brain;
+        and the label map, uint8 [*shape], palette "brats2021" (1 core, 2 oedema, 4 enhancing tumour).
+
+    Raises:
+        ValueError: shape or spacing is not three positive numbers, or the grid is less than 12 voxels wide.
+    """
+    shape, spacing = _checked(shape, spacing)
+    anatomy_rng, signal_rng, noise_rng = np.random.default_rng(seed).spawn(3)
+    brain = Brain(anatomy_rng)
+    glioma = Glioma(anatomy_rng, brain, enhancing)
+    index, points, scale = _grid_points(shape, spacing)
+    hull = brain.hull(points)
+    kept = hull < 0
+    index, points, hull = tuple(i[kept] for i in index), points[:, kept], hull[kept]
+
+    voxel = float(np.prod(spacing)) ** (1 / 3) / scale
+    tissues = brain.tissues(points, glioma.before_growth(points), voxel)
+    lesion = _one_piece(glioma.compartments(points, tissues, hull, voxel), index, shape)
+    clean = intensities(signal_rng, points, tissues, lesion)
+    images = np.zeros((4, *shape), np.float32)
+    images[(slice(None), *index)] = rician(noise_rng, clean, float(signal_rng.uniform(0.008, 0.02)))
+    return images, _scatter(_labels(lesion), index, shape)
+
+
+def _checked(shape: Sequence[int], spacing: Sequence[float]) -> tuple[tuple[int, ...], np.ndarray]:
+    if len(shape) != 3 or len(spacing) != 3 or min(shape) < 1 or min(spacing) <= 0:
+        raise ValueError(f"shape and spacing must each be three positive numbers, got {shape} and {spacing}")
+    if (extent := np.asarray(shape) * spacing).min() / max(spacing) < 12:
+        raise ValueError(
+            f"a field of view of {extent} mm is too small for voxels of {max(spacing)} mm: use more voxels"
+        )
+    return tuple(int(n) for n in shape), np.asarray(spacing, np.float64)
+
+
+def _grid_points(shape: tuple[int, ...], spacing: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray, float]:
+    """Indices and positions (brain frame, mm) of voxels in the brain's box; and the scale of the brain, at most 1."""
+    low, high = (np.array(corner) for corner in BRAIN_BOX_MM)
+    scale = min(1.0, float(np.min((np.array(shape) - 2) * spacing / (high - low))))
+    axes = []
+    for n, step, first, last in zip(shape, spacing, low, high, strict=True):
+        position = (np.arange(n) - (n - 1) / 2) * step / scale + (first + last) / 2
+        axes.append(np.flatnonzero((position > first) & (position < last)))
+    index = tuple(axis.ravel() for axis in np.meshgrid(*axes, indexing="ij"))
+    middle = (low + high) / 2
+    points = [(i - (n - 1) / 2) * s / scale + m for i, n, s, m in zip(index, shape, spacing, middle, strict=True)]
+    return index, np.stack(points).astype(np.float32), scale
+
+
+def _labels(lesion: Lesion) -> np.ndarray:
+    tumour_core = lesion.core + lesion.enhancing
+    within_core = np.where(lesion.enhancing > lesion.core, 4, 1)
+    tumour = np.where(tumour_core > lesion.oedema, within_core, 2)
+    return np.where(tumour_core + lesion.oedema > 0.5, tumour, 0).astype(np.uint8)
+
+
+def _one_piece(lesion: Lesion, index: tuple[np.ndarray, ...], shape: tuple[int, ...]) -> Lesion:
+    """Drops islands more than two voxels away from the largest component."""
+    components, count = ndimage.label(_scatter(_labels(lesion), index, shape), np.ones((3, 3, 3)))
+    if count < 2:
+        return lesion
+    largest = components == 1 + np.bincount(components.ravel())[1:].argmax()
+    near = ndimage.binary_dilation(largest, iterations=2)[index]
+    return Lesion(*(share * near for share in (lesion.core, lesion.oedema, lesion.enhancing)))
+
+
+def _scatter(values: np.ndarray, index: tuple[np.ndarray, ...], shape: tuple[int, ...]) -> np.ndarray:
+    volume = np.zeros(shape, values.dtype)
+    volume[index] = values
+    return volume

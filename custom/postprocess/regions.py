@@ -1,0 +1,208 @@
+"""Threshold, components, holes, nesting, palette: region probabilities to one label map (paper §3.3, Implementation).
+
+The regions are cleaned from the inside out: each one first takes in the cleaned region inside it, then loses its small
+components, then has its holes filled. Nesting by union never drops an enhancing voxel because the whole-tumour channel
+hesitated there, and since small components go first, a stray enhancing speck does not enlarge the outer regions.
+Union and filling only ever enlarge components, so one pass leaves all invariants true at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection, NdarrayOrTensor
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Transform
+from monai.transforms.utils import generate_spatial_bounding_box
+from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
+from scipy import ndimage
+
+from ..cohort import PALETTES, REGIONS
+
+logger = logging.getLogger(__name__)
+
+
+def remove_small_components(mask: np.ndarray, min_voxels: int) -> np.ndarray:
+    """Return the boolean `mask` `[*spatial]` without its components of fewer than `min_voxels` voxels.
+
+    Voxels that touch by a face, an edge or a corner belong together (26-connectivity in three dimensions).
+    """
+    labels, _ = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
+    keep = np.bincount(labels.ravel()) >= min_voxels
+    keep[0] = False
+    return keep[labels]
+
+
+def fill_holes(mask: np.ndarray) -> np.ndarray:
+    """Return the boolean `mask` `[*spatial]` with all background that no path of face neighbours leads out of."""
+    return ndimage.binary_fill_holes(mask)
+
+
+def nest_regions(regions: np.ndarray) -> np.ndarray:
+    """Return boolean `regions` `[3, *spatial]` in which TC takes in ET, and WT takes in TC."""
+    return np.logical_or.accumulate(regions, axis=0)
+
+
+def clean_regions(
+    regions: np.ndarray,
+    min_voxels: int | Sequence[int] = 50,
+    holes: bool | Sequence[bool] = (False, True, True),
+) -> np.ndarray:
+    """Nest the regions, remove small components and fill holes.
+
+    Afterwards ET ⊆ TC ⊆ WT, no component of a region is smaller than its `min_voxels`, no region told to be filled has
+    a hole, and a second call changes nothing. A component too small for an outer region takes what lies in it along.
+
+    Args:
+        regions: `[3, *spatial]` boolean, ET, TC and WT.
+        min_voxels: components of fewer voxels are removed; one number, or one per region.
+        holes: whether to fill the holes; one answer, or one per region. Not ET by default: its holes are necrosis
+            in a closed rim. On BraTS-GLI-style truth filling them turned 25,506 of 25,506 core voxels of one subject
+            into enhancing tumour (Dice of the truth with itself 0.67), while it changed TC and WT by 0.2 % at most.
+
+    Returns:
+        `[3, *spatial]` boolean.
+    """
+    cleaned = np.zeros_like(regions)
+    if not regions.any():
+        return cleaned
+    box = (slice(None), *map(slice, *generate_spatial_bounding_box(regions)))
+    masks = regions[box].copy()
+    for index, (fewest, fill) in enumerate(zip(_per_region(min_voxels), _per_region(holes), strict=True)):
+        masks[: index + 1] = nest_regions(masks[: index + 1])
+        masks[index] = remove_small_components(masks[index], fewest)
+        masks[index] = fill_holes(masks[index]) if fill else masks[index]
+    cleaned[box] = np.logical_and.accumulate(masks[::-1])[::-1]
+    return cleaned
+
+
+def regions_to_label_map(regions: np.ndarray, palette: str = "brats2023") -> np.ndarray:
+    """Turn boolean `regions` `[3, *spatial]` into a label map `[*spatial]` uint8 in a palette of `PALETTES`.
+
+    Where they are not nested, the inner region wins.
+
+    Raises:
+        ValueError: the palette has no such name.
+    """
+    values = _palette(palette)
+    label_map = np.zeros(regions.shape[1:], dtype=np.uint8)
+    for mask, label in zip(regions[::-1], ("oedema", "core", "enhancing"), strict=True):
+        np.copyto(label_map, values[label], where=mask)
+    return label_map
+
+
+class PostprocessRegions(Transform):
+    """Probabilities of ET, TC and WT to a cleaned label map (see `clean_regions`).
+
+    Sizes are volumes, so that they mean the same on every grid: the default of 50 mm³ is 50 voxels at 1 mm. The volume
+    of a voxel comes from the affine of a `MetaTensor`; other arrays count as 1 mm³ a voxel.
+
+    Args:
+        thresholds: a voxel is in a region from this probability on; one number, or one each for ET, TC and WT.
+        min_volume_mm3: smaller components are removed; one number, or one per region. 0 keeps all.
+        fill_holes: whether to fill the holes; one answer, or one per region.
+        palette: name in `PALETTES` of the values to write.
+
+    Raises:
+        ValueError: an argument has neither one value nor three, or the palette has no such name.
+    """
+
+    def __init__(
+        self,
+        thresholds: float | Sequence[float] = 0.5,
+        min_volume_mm3: float | Sequence[float] = 50.0,
+        fill_holes: bool | Sequence[bool] = (False, True, True),
+        palette: str = "brats2023",
+    ) -> None:
+        self.thresholds = _per_region(thresholds)
+        self.min_volume_mm3 = _per_region(min_volume_mm3)
+        self.fill_holes = _per_region(fill_holes)
+        self.palette = palette
+        _palette(palette)
+
+    def __call__(self, probabilities: NdarrayOrTensor) -> NdarrayOrTensor:
+        """Return the label map `[1, X, Y, Z]` uint8 of `probabilities` `[3, X, Y, Z]`, in the same kind of array.
+
+        Metadata of a `MetaTensor` are kept. A region that loses all its components is logged as a warning.
+
+        Raises:
+            ValueError: the shape is another one, or a value is NaN or outside [0, 1] (logits, for instance).
+        """
+        regions = self._threshold(convert_to_tensor(probabilities, track_meta=False))
+        cleaned = clean_regions(
+            regions, [self._min_voxels(probabilities, v) for v in self.min_volume_mm3], self.fill_holes
+        )
+        for name, before, after in zip(REGIONS, regions, cleaned, strict=True):
+            if before.any() and not after.any():
+                logger.warning("%s: %s had only small components and is now empty", _name(probabilities), name)
+        return convert_to_dst_type(regions_to_label_map(cleaned, self.palette)[None], probabilities, dtype=np.uint8)[0]
+
+    def _threshold(self, probabilities: torch.Tensor) -> np.ndarray:
+        if probabilities.ndim != 4 or probabilities.shape[0] != 3:
+            raise ValueError(
+                f"expected probabilities [3, X, Y, Z], one channel per region, got {tuple(probabilities.shape)}"
+            )
+        lowest, highest = probabilities.amin().item(), probabilities.amax().item()
+        if not (lowest >= -1e-3 and highest <= 1 + 1e-3):
+            raise ValueError(f"probabilities run from {lowest} to {highest}: apply a sigmoid first, and look for NaN")
+        thresholds = torch.as_tensor(self.thresholds, dtype=probabilities.dtype, device=probabilities.device)
+        return (probabilities >= thresholds.view(3, 1, 1, 1)).cpu().numpy()
+
+    def _min_voxels(self, probabilities: NdarrayOrTensor, volume_mm3: float) -> int:
+        voxel_mm3 = 1.0
+        if isinstance(probabilities, MetaTensor):
+            voxel_mm3 = abs(np.linalg.det(np.asarray(probabilities.affine)[:3, :3]))
+        return math.ceil(volume_mm3 / voxel_mm3 - 1e-3)
+
+
+class PostprocessRegionsd(MapTransform):
+    """Dictionary version of `PostprocessRegions`, whose arguments it takes.
+
+    `{"_target_": "custom.postprocess.PostprocessRegionsd", "keys": "pred", "palette": "brats2021"}`
+
+    Args:
+        keys: probabilities, each `[3, X, Y, Z]`; they become label maps `[1, X, Y, Z]` uint8.
+        thresholds: see `PostprocessRegions`.
+        min_volume_mm3: see `PostprocessRegions`.
+        fill_holes: see `PostprocessRegions`.
+        palette: see `PostprocessRegions`.
+        allow_missing_keys: pass over absent keys.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        thresholds: float | Sequence[float] = 0.5,
+        min_volume_mm3: float | Sequence[float] = 50.0,
+        fill_holes: bool | Sequence[bool] = (False, True, True),
+        palette: str = "brats2023",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.postprocess = PostprocessRegions(thresholds, min_volume_mm3, fill_holes, palette)
+
+    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
+        """Return a copy of `data` with the keys' probabilities replaced by label maps."""
+        items = dict(data)
+        for key in self.key_iterator(items):
+            items[key] = self.postprocess(items[key])
+        return items
+
+
+def _per_region(value: Any) -> tuple:
+    return ensure_tuple_rep(value, len(REGIONS))
+
+
+def _palette(name: str) -> dict[str, int]:
+    if name not in PALETTES:
+        raise ValueError(f"unknown palette {name!r}: choose one of {', '.join(PALETTES)}")
+    return PALETTES[name]
+
+
+def _name(array: NdarrayOrTensor) -> str:
+    return str(array.meta.get("filename_or_obj", "subject")) if isinstance(array, MetaTensor) else "subject"

@@ -1,0 +1,175 @@
+"""NIfTI output on the subject's own grid, with its spatial header bit for bit, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import uuid
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from monai.config import DtypeLike, NdarrayOrTensor, PathLike
+from monai.data import ImageWriter, NibabelWriter
+from monai.utils import convert_to_numpy, ensure_tuple, get_equivalent_dtype
+
+from .. import __version__
+
+SPATIAL_FIELDS = (
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units"),
+)
+
+
+class NativeGridWriter(NibabelWriter):
+    """Writer for MONAI's `SaveImaged` that gives masks and probabilities back on the input's own grid.
+
+    `{"_target_": "SaveImaged", "keys": "pred", "writer": "custom.postprocess.NativeGridWriter", ...}`
+
+    The header's geometry (pixdim, qform, sform, their codes, units) is copied field by field from the file named by
+    `meta["filename_or_obj"]`, the first one where several images were joined. Free text and extensions of that file,
+    which may identify the patient, are left behind. If it is gone or is no NIfTI file, a warning is given and the
+    affine of the metadata is written as MONAI would. Whole-number arrays are stored as uint8, all others as float32,
+    unscaled; an integer `output_dtype` also stores floats that hold whole numbers as uint8.
+
+    Args:
+        output_dtype: given by `SaveImaged`; see above.
+        kwargs: passed on to MONAI.
+    """
+
+    def __init__(self, output_dtype: DtypeLike = np.float32, **kwargs: Any) -> None:
+        super().__init__(output_dtype=output_dtype, **kwargs)
+        self.source: Path | None = None
+
+    def set_data_array(
+        self,
+        data_array: NdarrayOrTensor,
+        channel_dim: int | None = 0,
+        squeeze_end_dims: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Take the array, `[C, X, Y, Z]` by default; a single channel is dropped, a spatial axis of length 1 is not."""
+        array = convert_to_numpy(data_array)
+        requested = get_equivalent_dtype(self.output_dtype, np.ndarray)
+        whole_numbers = array.dtype.kind in "bui" or np.issubdtype(requested or array.dtype, np.integer)
+        self.output_dtype = np.uint8 if whole_numbers else np.float32
+        super().set_data_array(array, channel_dim, squeeze_end_dims=False, **kwargs)
+        if squeeze_end_dims and self.data_obj.shape[-1] == 1:
+            self.data_obj = self.data_obj[..., 0]
+
+    def set_metadata(self, meta_dict: Mapping | None, resample: bool = True, **options: Any) -> None:
+        """Take the metadata: the source file, the array's affine and, where `resample` is set, the original grid."""
+        original_affine, self.affine, _ = self.get_meta_info(meta_dict)
+        if resample and original_affine is not None:
+            super().set_metadata(meta_dict, resample=True, **options)
+        self.source = _source(meta_dict)
+
+    def write(self, filename: PathLike, verbose: bool = False, **obj_kwargs: Any) -> None:
+        """Write `filename`, ending in .nii or .nii.gz.
+
+        Raises:
+            ValueError: the array is not on the grid of the source file, a label does not fit uint8, or the ending is
+                another one.
+            OSError: the file cannot be written. Neither it nor a part of it is left behind.
+        """
+        ImageWriter.write(self, filename, verbose=verbose)
+        array = _cast(convert_to_numpy(self.data_obj), np.dtype(self.output_dtype))
+        affine = np.eye(4) if self.affine is None else convert_to_numpy(self.affine)
+        header = _read_header(self.source)
+        if header is None:
+            warnings.warn(
+                f"{filename}: no NIfTI source at {self.source}; using the affine of the metadata", stacklevel=2
+            )
+            image = _image_at(array, affine)
+        else:
+            _check_grid(array.shape, affine, header, self.source)
+            image = _image_like(array, header)
+        image.header["descrip"] = f"CoMNeT {__version__}".encode()
+        image.header.set_intent("label" if array.dtype == np.uint8 else "none")
+        write_whole(image, Path(filename))
+
+
+def write_whole(image: nib.Nifti1Image, path: Path) -> None:
+    """Save `image` under a temporary name in the folder of `path`, then move it there in one step.
+
+    Raises:
+        ValueError: `path` ends in neither .nii nor .nii.gz.
+        OSError: it cannot be written; nothing is left behind, and a file already there stays as it was.
+    """
+    ending = next((ending for ending in (".nii.gz", ".nii") if path.name.lower().endswith(ending)), None)
+    if ending is None:
+        raise ValueError(f"{path}: only NIfTI is written; use a name that ends in .nii.gz or .nii")
+    partial = path.with_name(f".{uuid.uuid4().hex}{ending}")
+    try:
+        nib.save(image, partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        message = (
+            f"cannot write {path} ({error.strerror or error}): choose a folder that exists, is writable and has space"
+        )
+        raise OSError(error.errno or errno.EIO, message) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def _source(meta: Mapping | None) -> Path | None:
+    names = ensure_tuple((meta or {}).get("filename_or_obj"))
+    return Path(names[0]) if names and isinstance(names[0], (str, os.PathLike)) else None
+
+
+def _read_header(source: Path | None) -> nib.Nifti1Header | None:
+    if source is None:
+        return None
+    try:
+        header = nib.load(source).header
+    except (OSError, nib.filebasedimages.ImageFileError):
+        return None
+    return header if isinstance(header, nib.Nifti1Header) else None
+
+
+def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        cast = array.astype(dtype)
+    if dtype == np.uint8 and not np.array_equal(cast, array):
+        raise ValueError(f"labels from {array.min()} to {array.max()} are not whole numbers of 0 to 255")
+    return cast
+
+
+def _check_grid(shape: tuple[int, ...], affine: np.ndarray, header: nib.Nifti1Header, source: Path | None) -> None:
+    grid, best = header.get_data_shape()[:3], header.get_best_affine()
+    placed = _same(affine, best) or any(_same(affine, f(coded=True)[0]) for f in (header.get_sform, header.get_qform))
+    if shape[: len(grid)] != grid or not placed:
+        raise ValueError(
+            f"an array {shape} with affine {np.round(affine, 3).tolist()} is not on the grid of {source}, {grid} with "
+            f"affine {np.round(best, 3).tolist()}: invert the preprocessing before saving, or set resample"
+        )
+
+
+def _same(affine: np.ndarray, other: np.ndarray | None) -> bool:
+    return other is not None and np.allclose(affine, other, rtol=0, atol=1e-3)
+
+
+def _image_at(array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
+    image = nib.Nifti1Image(array, affine)
+    image.set_qform(affine, code="scanner")
+    image.set_sform(affine, code="scanner")
+    image.header.set_xyzt_units("mm")
+    return image
+
+
+def _image_like(array: np.ndarray, source: nib.Nifti1Header) -> nib.Nifti1Image:
+    image_class = nib.Nifti2Image if isinstance(source, nib.Nifti2Header) else nib.Nifti1Image
+    header = image_class.header_class()
+    header.set_data_dtype(array.dtype)
+    header.set_data_shape(array.shape)
+    for field in SPATIAL_FIELDS:
+        header[field] = source[field]
+    header["pixdim"][:4] = source["pixdim"][:4]
+    return image_class(array, None, header)

@@ -1,0 +1,77 @@
+"""Scores of subjects to means over folds: the numbers of the paper's Table 2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..cohort import REGIONS
+
+COLUMNS = (*REGIONS, "Average")
+SKIP, BRATS = "skip", "brats"
+
+
+def models_of(scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the models, in the order of their first score."""
+    return list(dict.fromkeys(str(score["model"]) for score in scores))
+
+
+def dice_of(score: Mapping[str, Any], region: str, convention: str = SKIP) -> float:
+    """Dice of one subject and region under a convention for empty regions.
+
+    Args:
+        score: "ET", "TC" and "WT" with NaN where the region is empty, and perhaps "ET_brats" and so on, which tell
+            apart a false positive (0) from a region rightly left empty (1).
+        region: one of `REGIONS`.
+        convention: "skip" keeps the NaN. "brats" takes the `_brats` value, or counts NaN as 1 where there is none,
+            for Dice itself is undefined only where prediction and reference are both empty.
+
+    Raises:
+        ValueError: the convention is neither.
+    """
+    if convention not in (SKIP, BRATS):
+        raise ValueError(f"convention must be {SKIP!r} or {BRATS!r}, got {convention!r}")
+    value = float(score[region])
+    if convention == BRATS:
+        return float(score.get(f"{region}_brats", 1.0 if math.isnan(value) else value))
+    return value
+
+
+def fold_means(scores: Sequence[Mapping[str, Any]], model: str, convention: str = SKIP) -> dict[str, dict[Any, float]]:
+    """Mean Dice of a model: {"ET", "TC", "WT", "Average": {fold: mean over its subjects}}.
+
+    A fold's average is the mean over its regions' means. NaN where no subject of the fold has a value.
+    """
+    folds = sorted({score["fold"] for score in scores if str(score["model"]) == model}, key=str)
+    means: dict[str, dict[Any, float]] = {column: {} for column in COLUMNS}
+    for fold in folds:
+        own = [score for score in scores if str(score["model"]) == model and score["fold"] == fold]
+        for region in REGIONS:
+            means[region][fold] = _mean([dice_of(score, region, convention) for score in own])
+        means["Average"][fold] = _mean([means[region][fold] for region in REGIONS])
+    return means
+
+
+def spread(by_fold: Mapping[Any, float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n − 1) over folds; NaN for what too few folds cannot give."""
+    values = np.array([value for value in by_fold.values() if not math.isnan(value)])
+    mean = float(values.mean()) if values.size else math.nan
+    return mean, float(values.std(ddof=1)) if values.size > 1 else math.nan
+
+
+def summarise_scores(
+    scores: Sequence[Mapping[str, Any]], convention: str = SKIP
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """Mean and standard deviation over folds, {model: {"ET", "TC", "WT", "Average": (mean, sd)}} (paper, Table 2)."""
+    return {
+        model: {column: spread(values) for column, values in fold_means(scores, model, convention).items()}
+        for model in models_of(scores)
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    defined = [value for value in values if not math.isnan(value)]
+    return float(np.mean(defined)) if defined else math.nan

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import hashlib
+import os
+
+import pytest
+
+from custom.files import file_sha256, whole_file, write_text
+
+
+def test_whole_file_appears_only_when_the_block_ends(tmp_path):
+    target = tmp_path / "deep" / "mask.nii.gz"
+    with whole_file(target) as temporary:
+        temporary.write_bytes(b"half")
+        assert temporary.name.endswith(".nii.gz")
+        assert not target.exists()
+    assert target.read_bytes() == b"half"
+    assert target.stat().st_mode & 0o044 == 0o044
+
+
+@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
+def test_whole_file_leaves_the_old_content_when_interrupted(tmp_path, stop):
+    target = tmp_path / "volumes.csv"
+    write_text(target, "old")
+    with pytest.raises(stop), whole_file(target) as temporary:
+        temporary.write_text("new, but")
+        raise stop
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["volumes.csv"]
+
+
+def test_unusable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"cannot write to .*file.*choose another folder"):
+        write_text(tmp_path / "file" / "volumes.csv", "text")
+
+
+def test_file_sha256(tmp_path):
+    (tmp_path / "weights").write_bytes(b"abc" * 1_000_000)
+    assert file_sha256(tmp_path / "weights") == hashlib.sha256(b"abc" * 1_000_000).hexdigest()

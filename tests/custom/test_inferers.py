@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.data import DataLoader, MetaTensor
+from monai.transforms import Lambdad
+from torch import nn
+
+from custom.inferers import SubjectDataset, SubjectEvaluator, WholeVolumeInferer, describe
+
+
+class NeedsSixteen(nn.Module):
+    def forward(self, x):
+        assert all(size % 16 == 0 for size in x.shape[2:])
+        return x[:, :3] * 2
+
+
+@pytest.mark.parametrize("shape", [(16, 32, 48), (17, 30, 1), (31, 16, 33)])
+def test_whole_volume_pads_and_gives_every_voxel_back(shape):
+    x = torch.rand(2, 4, *shape)
+    assert torch.equal(WholeVolumeInferer()(x, NeedsSixteen()), x[:, :3] * 2)
+
+
+def test_whole_volume_keeps_metadata():
+    x = MetaTensor(torch.rand(1, 4, 17, 16, 16), affine=torch.diag(torch.tensor([2.0, 2, 2, 1])))
+    out = WholeVolumeInferer()(x, NeedsSixteen())
+    assert isinstance(out, MetaTensor) and torch.equal(out.affine, x.affine)
+
+
+def evaluator(names, network=None, postprocessing=None, fail_reading=()):
+    def read(name):
+        if name in fail_reading:
+            raise ValueError(f"{name}: cannot be read")
+        return torch.full((4, 16, 16, 16), 1.0)
+
+    data = [{"subject": name, "image": name} for name in names]
+    loader = DataLoader(SubjectDataset(data, Lambdad("image", read)), batch_size=1, num_workers=0)
+    return SubjectEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=loader,
+        network=network or NeedsSixteen(),
+        postprocessing=postprocessing,
+    )
+
+
+def outcomes(engine):
+    seen = []
+    from ignite.engine import Events
+
+    engine.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda engine: seen.append((engine.state.subject, engine.state.failure is None))
+    )
+    engine.run()
+    return seen
+
+
+def test_a_subject_that_cannot_be_read_does_not_stop_the_batch():
+    engine = evaluator(["a", "b", "c"], fail_reading=["b"])
+    assert outcomes(engine) == [("a", True), ("b", False), ("c", True)]
+    assert engine.failures == {"b": "b: cannot be read"}
+
+
+def test_a_subject_that_fails_while_written_does_not_stop_the_batch():
+    calls = []
+
+    def write(data):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        return data
+
+    engine = evaluator(["a", "b", "c"], postprocessing=write)
+    assert outcomes(engine) == [("a", True), ("b", False), ("c", True)]
+    assert "disk full" in engine.failures["b"]
+
+
+def test_interruption_is_not_swallowed():
+    class Interrupted(nn.Module):
+        def forward(self, x):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluator(["a"], network=Interrupted()).run()
+
+
+def test_description_names_the_innermost_cause():
+    try:
+        try:
+            raise ValueError("file is truncated")
+        except ValueError as cause:
+            raise RuntimeError("applying transform") from cause
+    except RuntimeError as error:
+        assert describe(error) == "file is truncated"
+    assert "out of memory" in describe(MemoryError())
