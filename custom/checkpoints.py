@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without pickle, refused with one clear sentence when they do not fit."""
+"""Checkpoints: written whole or not at all, read without pickle, refused in one sentence when they do not fit."""
 
 from __future__ import annotations
 

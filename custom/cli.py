@@ -1,4 +1,4 @@
-"""The command `comnet`: sugar over the bundles. Each subcommand prints the `python -m monai.bundle run` it stands for."""
+"""The command `comnet`: sugar over the bundles; each subcommand prints the `monai.bundle run` that it stands for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ def run_bundle(name: str, *configs: str, run_id: str = "run", **overrides: Any) 
         overrides: config values by name.
     """
     import monai.bundle
+
+    logging.getLogger("monai.bundle").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="parsing config_file", category=UserWarning)  # our own configs
 
     root = bundle_root(name)
     files = [str(root / "configs" / config) for config in configs]
@@ -117,18 +121,13 @@ def segment(
         pictures: draw a picture of each subject and the report.
         overrides: any other value of the bundle's inference.json, by name.
     """
-    from .ledger import describe_weights
-
     dataset = _dataset(inputs, {"t1n": t1n, "t1c": t1c, "t2w": t2w, "flair": flair})
     weights = str(weights or bundle_root("comnet_ensemble") / "models")
-    facts = describe_weights(weights)
-    settings: dict[str, Any] = {key: facts[key] for key in ("backbone", "spacing", "num_folds") if facts[key]}
-    _check_backbone(settings.get("backbone"))
+    settings = _ensemble_settings(weights)
     if device:
         settings["device"] = f"$torch.device('{device}')"
     if sliding_window:
         settings["inferer"] = "@sliding_window"
-    print(f"weights: {facts['note']}", file=sys.stderr)
     run_bundle(
         "comnet_ensemble",
         "inference.json",
@@ -150,8 +149,8 @@ def demo(output_dir: str = "runs/demo", seed: int = 0, num_subjects: int = 10, n
         num_subjects: phantoms that the five folds share.
         num_held_out: phantoms that no fold sees; the scores are theirs.
     """
-    from .comnet import NUM_FOLDS
     from .phantom import write_cohort
+    from .weights import NUM_FOLDS
 
     run = Path(output_dir)
     training, held_out, weights = run / "subjects", run / "held_out", run / "weights"
@@ -174,10 +173,10 @@ def demo(output_dir: str = "runs/demo", seed: int = 0, num_subjects: int = 10, n
         "comnet_ensemble",
         "inference.json",
         "evaluate.json",
-        "demo.json",
         dataset_dir=str(held_out),
         output_dir=str(run / "results"),
         weights_dir=str(weights),
+        **_ensemble_settings(str(weights)),
     )
     _publish_weights(weights, bundle_root("comnet_ensemble") / "models")
     print(f"look at {run / 'results' / 'report.html'} and {run / 'results' / 'scores.html'}")
@@ -216,19 +215,25 @@ def _dataset(inputs: Sequence[str], files: dict[str, str | None]) -> Any:
     return [str(path) for path in inputs]
 
 
-def _check_backbone(backbone: str | None) -> None:
-    if backbone is not None and not backbone.startswith(TRUSTED_BACKBONES):
-        raise ValueError(
-            f"the weights name the backbone {backbone!r}, which is none of CoMNeT's or MONAI's: not loaded"
-        )
+def _ensemble_settings(weights: str) -> dict[str, Any]:
+    """Read from the checkpoints which backbone and spacing they were made with."""
+    from .weights import describe_weights
+
+    described = describe_weights(weights)
+    settings = {key: described.facts[key] for key in ("backbone", "spacing", "num_folds") if key in described.facts}
+    backbone = settings.get("backbone", TRUSTED_BACKBONES[0])
+    if not backbone.startswith(TRUSTED_BACKBONES):
+        raise ValueError(f"the weights name the backbone {backbone!r}, which is none of CoMNeT's or MONAI's: not used")
+    print(f"weights: {described.note}", file=sys.stderr)
+    return settings
 
 
 def _publish_weights(weights: Path, models: Path) -> None:
     """Make the demo's weights the default of `comnet segment`, unless other weights are there already."""
-    from .ledger import describe_weights
+    from .weights import describe_weights
 
     if any(models.glob("*.pt")) or (
-        any(models.glob("fold*/model.pt")) and describe_weights(models)["note"] != PHANTOM_NOTE
+        any(models.glob("fold*/model.pt")) and describe_weights(models).note != PHANTOM_NOTE
     ):
         print(f"{models} holds other weights: left as they are", file=sys.stderr)
         return

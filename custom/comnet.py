@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoints import CheckpointError, NetworkLoader, load_network
+from .checkpoints import NetworkLoader, load_network
+from .weights import NUM_FOLDS, weight_files
 
-NUM_FOLDS = 5
 PROBABILITY_MARGIN = 1e-6
 
 
@@ -54,36 +54,12 @@ class CoMNeT(nn.Module):
         return coarse
 
 
-def fold_checkpoint(weights_dir: str | Path, fold: int) -> Path:
-    """Return where the training of one fold leaves its best checkpoint: ``<weights_dir>/fold<k>/model.pt``."""
-    return Path(weights_dir) / f"fold{fold}" / "model.pt"
-
-
-def weight_files(weights_dir: str | Path, num_folds: int = NUM_FOLDS) -> list[Path]:
-    """Find the weights in a folder: one ``model.pt`` of the whole ensemble, else one checkpoint a fold.
-
-    Raises:
-        CheckpointError: neither is there, or a fold is missing; says which.
-    """
-    whole = Path(weights_dir) / "model.pt"
-    if whole.is_file():
-        return [whole]
-    folds = [fold_checkpoint(weights_dir, fold) for fold in range(num_folds)]
-    missing = [path for path in folds if not path.is_file()]
-    if missing:
-        raise CheckpointError(
-            f"no weights in {weights_dir}: {len(missing)} of {num_folds} fold checkpoints are missing (first: "
-            f"{missing[0]}) and there is no {whole.name}; train the folds, run `comnet demo`, or name another folder"
-        )
-    return folds
-
-
 def load_ensemble(network: CoMNeT, weights_dir: str | Path) -> list[dict[str, Any]]:
     """Load an ensemble's weights strictly.
 
     Args:
         network: an ensemble as configured.
-        weights_dir: see :func:`weight_files`.
+        weights_dir: see :func:`custom.weights.weight_files`.
 
     Returns:
         The provenance of each file that was loaded.
@@ -102,7 +78,7 @@ class EnsembleLoader(NetworkLoader):
 
     Args:
         network: the ensemble.
-        weights_dir: see :func:`weight_files`.
+        weights_dir: see :func:`custom.weights.weight_files`.
     """
 
     def __init__(self, network: CoMNeT, weights_dir: str) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-READABLE_BY_ALL = 0o644
 
 
 @contextmanager
@@ -23,19 +21,15 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         OSError: the folder cannot be made or written; the message names it and says what to do.
     """
     path = Path(path)
+    temporary = path.with_name(f".partial-{uuid.uuid4().hex}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".partial-", suffix=f"-{path.name}")
+        temporary.touch()
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"cannot write to {path.parent} ({error.strerror}): choose another folder or mend its permissions",
-        ) from error
-    os.close(handle)
-    temporary = Path(name)
+        advice = f"cannot write to {path.parent} ({error.strerror}): choose another folder or mend its permissions"
+        raise OSError(error.errno, advice) from error
     try:
         yield temporary
-        os.chmod(temporary, READABLE_BY_ALL)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

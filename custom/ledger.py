@@ -1,14 +1,16 @@
-"""What was done with each subject of a batch: resuming, the tables, the report and the exit code of a segmentation."""
+"""What was done with each subject of a batch: resuming, tables, reports and exit code."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +18,20 @@ import numpy as np
 from ignite.engine import Engine, Events
 
 from . import __version__
-from .checkpoints import CheckpointError, read_checkpoint
-from .cohort import PALETTES
-from .comnet import NUM_FOLDS, weight_files
-from .files import file_sha256, write_text
-from .report import region_volumes, write_qc_picture, write_segment_report, write_volumes_csv
+from .checkpoints import CheckpointError
+from .cohort import REGIONS
+from .files import whole_file, write_text
+from .metrics import score_subject, summarise
+from .report import region_volumes, write_qc_picture, write_scores_report, write_segment_report, write_volumes_csv
+from .transforms import label_map_to_regions
+from .weights import Weights, describe_weights
 
 logger = logging.getLogger("comnet")
 
-EXIT_OK = 0
 EXIT_SOME_FAILED = 3
 EXIT_NONE_SEGMENTED = 4
 RECORD_NAME = "record.json"
-
-
-class OutputError(OSError):
-    """The output folder cannot be used; the message names it and says what to do."""
+Item = Mapping[str, Any]
 
 
 class Ledger:
@@ -39,15 +39,17 @@ class Ledger:
 
     For each subject the folder holds ``<subject>/<subject>_seg.nii.gz``, a QC picture and ``record.json``; the record
     is written last, so a subject counts as done only when everything of it is there. A subject is done again when its
-    files, the weights or the settings have changed. ``volumes.csv`` and ``report.html`` are made anew from the records
-    at the end of every run.
+    files, the weights or the settings have changed. ``volumes.csv`` and ``report.html``, and for labelled subjects
+    ``scores.csv``, ``summary.csv`` and ``scores.html``, are made anew from the records at the end of every run.
 
     Args:
         output_dir: folder of all outputs; made if absent.
-        settings: what the result depends on beside input and weights.
+        settings: what the result depends on beside input and weights; ``output_palette`` must be among it.
         weights: folder of an ensemble's weights, or one checkpoint.
         cohort: its ``exclusions`` are reported with the failures.
-        pictures: whether to draw the QC pictures and the report.
+        pictures: whether to draw the QC pictures and the reports.
+        model: name of the model in tables of scores.
+        fold: fold in tables of scores.
     """
 
     def __init__(
@@ -57,37 +59,61 @@ class Ledger:
         weights: str,
         cohort: Any = None,
         pictures: bool = True,
+        model: str = "CoMNeT",
+        fold: int | str = "ensemble",
     ) -> None:
         self.output_dir = Path(output_dir)
         self.settings = dict(settings)
-        self.weights = Path(weights)
+        self.weights_path = weights
         self.cohort = cohort
         self.pictures = pictures
+        self.model = model
+        self.fold = fold
         self.records: dict[str, dict[str, Any]] = {}
-        self.items: dict[str, Mapping[str, Any]] = {}
+        self.items: dict[str, Item] = {}
         self._started = time.perf_counter()
 
-    def pending(self, items: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    @cached_property
+    def weights(self) -> Weights:
+        """What the weights are and what they were trained on."""
+        return describe_weights(self.weights_path)
+
+    def pending(self, items: Sequence[Item]) -> list[Item]:
         """Return the subjects that still need work, in order.
 
         Args:
-            items: dicts with ``subject`` and ``image`` (paths in modality order).
+            items: dicts with ``subject``, ``image`` (paths in modality order) and, to be scored, ``label``.
 
         Raises:
-            OutputError: the output folder cannot be made or written.
+            OSError: the output folder cannot be made or written.
             CheckpointError: there are no weights.
         """
-        _ensure_writable(self.output_dir)
-        self.weights_facts = describe_weights(self.weights)
+        with whole_file(self.output_dir / "weights.txt") as file:
+            file.write_text(f"{self.weights.note}\nsha256 {self.weights.sha256}\n", encoding="utf-8")
         self.items = {str(item["subject"]): item for item in items}
-        done = {name: record for name in self.items if (record := self._valid_record(name)) is not None}
-        self.records = done
-        if done:
-            logger.info("%d of %d subjects are done already in %s", len(done), len(items), self.output_dir)
-        todo = [item for name, item in self.items.items() if name not in done]
+        self.records = {name: record for name in self.items if (record := self._valid_record(name)) is not None}
+        if self.records:
+            logger.info("%d of %d subjects are done already in %s", len(self.records), len(items), self.output_dir)
+        todo = [item for name, item in self.items.items() if name not in self.records]
         for item in todo:
             self._path(str(item["subject"]), RECORD_NAME).unlink(missing_ok=True)
-        return todo
+        return [{key: value for key, value in item.items() if key != "warnings"} for item in todo]
+
+    def unseen(self, items: Sequence[Item]) -> list[Item]:
+        """Return the subjects that none of the weights was trained on: the others would be scored too well.
+
+        Raises:
+            CheckpointError: the weights have seen every subject.
+        """
+        unseen = [item for item in items if item["subject"] not in self.weights.trained_on]
+        if len(unseen) < len(items):
+            logger.warning("%d subjects were trained on and are not scored", len(items) - len(unseen))
+        if items and not unseen:
+            raise CheckpointError(
+                f"the weights in {self.weights_path} were trained on every one of these {len(items)} subjects: score "
+                "each by its own held-out fold, or give subjects that no fold has seen"
+            )
+        return unseen
 
     def attach(self, engine: Engine) -> None:
         """Keep a record of each subject that ``engine``, a ``SubjectEvaluator``, has finished."""
@@ -95,17 +121,22 @@ class Ledger:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._finish)
 
     def close(self) -> None:
-        """Write the tables and the report, print a summary, and leave with a code that says how it went.
+        """Write the tables and the reports, log a summary, and leave with a code that says how it went.
 
         Raises:
             SystemExit: with 3 when some subjects failed or were excluded, with 4 when none could be segmented.
         """
-        failures = self._failures()
-        rows = [self._row(record) for record in self._sorted_records()]
+        records = [self.records[name] for name in sorted(self.records)]
+        failures = self._failures(records)
+        rows = [_volume_row(record) for record in records]
         write_volumes_csv(self.output_dir / "volumes.csv", rows)
+        scores = [record["scores"] for record in records if "scores" in record]
+        if scores:
+            self._write_scores(scores)
         if self.pictures:
-            self._write_report(rows, failures)
-        done = sum(row["status"] == "done" for row in rows)
+            settings = self.settings | {"weights": str(self.weights_path), "weights_note": self.weights.note}
+            write_segment_report(self.output_dir / "report.html", rows, failures, self._pictures(), settings)
+        done = sum(record["status"] == "done" for record in records)
         logger.info("%d subjects segmented, %d failed or excluded; results in %s", done, len(failures), self.output_dir)
         for failure in failures:
             logger.error("not segmented: %s: %s", failure["subject"], failure["reason"])
@@ -117,148 +148,115 @@ class Ledger:
 
     def _finish(self, engine: Engine) -> None:
         name = str(engine.state.subject)
-        record = {"subject": name, "comnet_version": __version__, "weights": self.weights_facts["note"]}
-        if engine.state.failure is None:
+        record: dict[str, Any] = {"subject": name, "comnet_version": __version__, "weights": self.weights.note}
+        failure = engine.state.failure
+        if failure is None:
             try:
-                record |= self._success(name, engine.state.output[0]["pred"])
+                record |= self._success(name, engine.state.output[0])
             except Exception as error:
-                engine.state.failure = f"{type(error).__name__}: {error}"
-                logger.error("subject %s: %s", name, engine.state.failure)
-        if engine.state.failure is not None:
+                failure = f"{type(error).__name__}: {error}"
+                logger.error("subject %s: %s", name, failure)
+        if failure is not None:
             self._path(name, f"{name}_seg.nii.gz").unlink(missing_ok=True)
-            record |= {"status": "failed", "reason": engine.state.failure}
+            record |= {"status": "failed", "reason": failure}
         self.records[name] = record | {"seconds": round(time.perf_counter() - self._started, 2)}
-        if record["status"] == "done":
+        if failure is None:
             write_text(self._path(name, RECORD_NAME), json.dumps(self.records[name], indent=2))
 
-    def _success(self, name: str, label_map: Any) -> dict[str, Any]:
-        voxel_volume = float(abs(np.linalg.det(np.asarray(label_map.affine)[:3, :3])))
-        labels = np.asarray(label_map[0].cpu())
-        volumes = region_volumes(_to_output_palette(labels, self.settings["output_palette"]), voxel_volume)
-        warnings = list(self.items.get(name, {}).get("warnings", []))
-        if not volumes["WT"]:
-            warnings.append("no tumour found")
+    def _success(self, name: str, output: Mapping[str, Any]) -> dict[str, Any]:
+        label_map, palette = output["pred"], self.settings["output_palette"]
+        spacing = np.asarray(label_map.pixdim, dtype=float)
+        volumes = region_volumes(np.asarray(label_map[0].cpu()), float(np.prod(spacing)), palette)
+        warnings = [*self.items[name].get("warnings", []), *([] if volumes["WT"] else ["no tumour found"])]
+        record = {"status": "done", "key": self._key(name), "volumes_ml": volumes, "warnings": warnings}
+        if output.get("label") is not None:
+            scores = score_subject(label_map_to_regions(label_map.cpu(), palette), output["label"].cpu(), spacing)
+            record["scores"] = {"model": self.model, "fold": self.fold, "subject": name, **scores}
         if self.pictures:
             self._draw(name, warnings)
-        return {"status": "done", "key": self._key(name), "volumes_ml": volumes, "warnings": warnings}
+        return record
 
     def _draw(self, name: str, warnings: list[str]) -> None:
+        item = self.items[name]
         try:
             write_qc_picture(
                 self._path(name, f"{name}_qc.png"),
-                self._image_paths(name),
+                _image_paths(item),
                 self._path(name, f"{name}_seg.nii.gz"),
                 title=name,
-                weights_note=self.weights_facts["note"],
+                weights_note=self.weights.note,
                 palette=self.settings["output_palette"],
+                reference_path=item.get("label"),
+                reference_palette=item.get("palette", "brats2021"),
             )
         except Exception as error:
             logger.warning("subject %s: no picture: %s", name, error)
             warnings.append(f"no picture: {error}")
 
-    def _image_paths(self, name: str) -> list[str]:
-        image = self.items[name]["image"]
-        return [image] if isinstance(image, str) else list(image)
+    def _pictures(self) -> dict[str, Path]:
+        paths = {name: self._path(name, f"{name}_qc.png") for name in sorted(self.records)}
+        return {name: path for name, path in paths.items() if path.is_file() and self.records[name]["status"] == "done"}
+
+    def _write_scores(self, scores: Sequence[Mapping[str, Any]]) -> None:
+        _write_table(self.output_dir / "scores.csv", scores)
+        summary = [{"score": name, **figures} for name, figures in summarise(scores).items() if name != "fold"]
+        _write_table(self.output_dir / "summary.csv", summary)
+        if self.pictures:
+            page = self.output_dir / "scores.html"
+            write_scores_report(page, scores, self._pictures(), weights_note=self.weights.note, settings=self.settings)
 
     def _valid_record(self, name: str) -> dict[str, Any] | None:
         try:
-            record = json.loads(self._path(name, RECORD_NAME).read_text())
+            record = json.loads(self._path(name, RECORD_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         whole = self._path(name, f"{name}_seg.nii.gz").is_file()
         return record if whole and record.get("key") == self._key(name) else None
 
     def _key(self, name: str) -> str:
-        files = [
-            (os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns)
-            for path in self._image_paths(name)
-        ]
-        content = json.dumps([__version__, files, self.settings, self.weights_facts["sha256"]], default=str)
+        """Digest of all that the result of a subject depends on."""
+        item = self.items[name]
+        paths = [*_image_paths(item), *([item["label"]] if item.get("label") else [])]
+        files = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+        names = [self.model, self.fold, self.pictures]
+        content = json.dumps([__version__, files, names, self.settings, self.weights.sha256], default=str)
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def _failures(self) -> list[dict[str, str]]:
+    def _failures(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         excluded = [
             {"subject": one.subject, "file": str(one.file or ""), "reason": one.reason, "remedy": one.remedy}
-            for one in (getattr(self.cohort, "exclusions", None) or [])
+            for one in getattr(self.cohort, "exclusions", ())
         ]
         failed = [
-            {"subject": record["subject"], "file": "", "reason": record["reason"], "remedy": "see the log"}
-            for record in self._sorted_records()
+            {"subject": record["subject"], "file": "", "reason": record["reason"], "remedy": ""}
+            for record in records
             if record["status"] == "failed"
         ]
         return excluded + failed
-
-    def _sorted_records(self) -> list[dict[str, Any]]:
-        return [self.records[name] for name in sorted(self.records)]
-
-    def _row(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        volumes = record.get("volumes_ml", {})
-        return {
-            "subject": record["subject"],
-            **{f"{region.lower()}_ml": volumes.get(region) for region in ("ET", "TC", "WT")},
-            "status": record["status"],
-            "seconds": record["seconds"],
-            "warnings": "; ".join(record.get("warnings", []) or [record.get("reason", "")]),
-            "weights": record["weights"],
-        }
-
-    def _write_report(self, rows: list[dict[str, Any]], failures: list[dict[str, str]]) -> None:
-        pictures = {row["subject"]: self._path(row["subject"], f"{row['subject']}_qc.png") for row in rows}
-        existing = {name: path for name, path in pictures.items() if path.is_file()}
-        settings = self.settings | {"weights": str(self.weights), "weights_note": self.weights_facts["note"]}
-        write_segment_report(self.output_dir / "report.html", rows, failures, existing, settings)
 
     def _path(self, subject: str, name: str) -> Path:
         return self.output_dir / subject / name
 
 
-def describe_weights(weights: str | Path) -> dict[str, Any]:
-    """Say what a set of weights is.
+def _image_paths(item: Item) -> list[str]:
+    return [item["image"]] if isinstance(item["image"], str) else list(item["image"])
 
-    Args:
-        weights: folder of an ensemble's weights, or one checkpoint.
 
-    Returns:
-        ``files``, ``sha256`` over all of them, ``note`` (what the weights say of themselves), ``backbone``, ``spacing``
-        and ``trained_on`` (names of all training subjects), the last three from the checkpoints' provenance.
-
-    Raises:
-        CheckpointError: no weights, or unreadable ones.
-    """
-    weights = Path(weights)
-    if not weights.exists():
-        raise CheckpointError(f"no weights at {weights}: train first, run `comnet demo`, or name another place")
-    files = weight_files(weights, _expected_folds(weights)) if weights.is_dir() else [weights]
-    facts = [read_checkpoint(path)[1] for path in files]
-    digest = hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
-    notes = sorted({fact["notes"] for fact in facts if fact.get("notes")})
+def _volume_row(record: Mapping[str, Any]) -> dict[str, Any]:
+    volumes = record.get("volumes_ml", {})
     return {
-        "files": files,
-        "sha256": digest,
-        "note": "; ".join(notes) or f"weights {digest[:12]}",
-        "backbone": next((fact["backbone"] for fact in facts if "backbone" in fact), None),
-        "spacing": next((fact["spacing"] for fact in facts if "spacing" in fact), None),
-        "num_folds": next((fact["num_folds"] for fact in facts if "num_folds" in fact), len(files)),
-        "trained_on": sorted({name for fact in facts for name in fact.get("trained_on", [])}),
+        "subject": record["subject"],
+        **{f"{region.lower()}_ml": volumes.get(region) for region in REGIONS},
+        "status": record["status"],
+        "seconds": record["seconds"],
+        "warnings": record.get("warnings") or [record[key] for key in ("reason",) if key in record],
+        "weights": record["weights"],
     }
 
 
-def _expected_folds(weights_dir: Path) -> int:
-    first = next(iter(sorted(weights_dir.glob("fold*/model.pt"))), None)
-    return read_checkpoint(first)[1].get("num_folds", NUM_FOLDS) if first else NUM_FOLDS
-
-
-def _to_output_palette(labels: np.ndarray, palette: str) -> np.ndarray:
-    values, output = PALETTES[palette], PALETTES["brats2023"]
-    return np.select([labels == values[name] for name in output], list(output.values()), 0).astype(np.uint8)
-
-
-def _ensure_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to output folder {folder} ({error.strerror}): choose another --output_dir or mend its permissions"
-        ) from error
+def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

@@ -1,4 +1,4 @@
-"""Transforms that MONAI lacks: label palettes to regions, tolerant resampling, and TorchIO augmentation (paper, 3.1)."""
+"""Transforms that MONAI lacks: label palettes to regions, tolerant resampling, TorchIO augmentation (paper, 3.1)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from monai.transforms import MapTransform, RandomizableTransform, Spacing, Spati
 from monai.transforms.inverse import InvertibleTransform
 from monai.utils import TraceKeys, ensure_tuple
 
-from .cohort import MODALITIES, PALETTES
+from .cohort import MODALITIES, PALETTES, REGION_TISSUES, REGIONS
 
 DEFAULT_PALETTE = "brats2021"
 
@@ -44,10 +44,8 @@ def label_map_to_regions(label_map: torch.Tensor, palette: str = DEFAULT_PALETTE
         raise ValueError(f"unknown palette {palette!r}: choose one of {', '.join(PALETTES)}")
     values = PALETTES[palette]
     labels = label_map[0] if label_map.ndim == 4 else label_map
-    enhancing = labels == values["enhancing"]
-    core = enhancing | (labels == values["core"])
-    whole = core | (labels == values["oedema"])
-    return torch.stack([enhancing, core, whole]).to(torch.uint8)
+    tissues = [[values[tissue] for tissue in REGION_TISSUES[region]] for region in REGIONS]
+    return torch.stack([torch.isin(labels, labels.new_tensor(numbers)) for numbers in tissues]).to(torch.uint8)
 
 
 class LabelMapToRegionsd(MapTransform):

@@ -26,7 +26,8 @@ class Cohort:
     it, which reads every file of the dataset once; the first use of `inputs` reads every image.
 
     Args:
-        dataset_dir: a folder of subject folders, one subject's own folder, or a list of such folders.
+        dataset_dir: a folder of subject folders, one subject's own folder, or a list of such folders; for `inputs`
+            also one subject as the arguments of `subject_from_files`.
         datalist_file: JSON to load; where it does not exist yet it is written, with the exclusion report beside it. By
             default the datalist is built in memory.
         layout: one of `LAYOUTS`, or "auto".
@@ -94,12 +95,12 @@ class Cohort:
         return copy.deepcopy(self._datalist["training"])
 
     def inputs(self) -> list[Item]:
-        """Items to infer on: "subject" and "image" (four absolute paths). Masks are neither needed nor read.
+        """Items to infer on: "subject", "image" (four absolute paths) and "warnings". Masks are not read.
 
-        Every image is checked. Subjects that fail are in `exclusions` and in the log.
+        Every image is checked. Subjects that fail are in `exclusions` and in the log; where all do, there are no items.
 
         Raises:
-            ValueError: no subject is usable.
+            ValueError: nothing there could be a subject.
             OSError: the dataset folder is absent or is none.
         """
         return copy.deepcopy(self._inputs)
@@ -110,8 +111,12 @@ class Cohort:
         unlabelled = [replace(subject, label=None, label_source=None) for subject in subjects]
         kept, faulty = check_subjects(unlabelled, self.num_workers, self.progress)
         self.exclusions = sorted([*nameless, *faulty], key=lambda exclusion: (exclusion.subject, exclusion.file))
-        log_outcome(kept, self.exclusions, str(self.dataset_dir))
-        return [{"subject": subject.name, "image": list(subject.images)} for subject, _ in kept]
+        if kept:
+            log_outcome(kept, self.exclusions, str(self.dataset_dir))
+        return [
+            {"subject": subject.name, "image": list(subject.images), "warnings": facts["warnings"]}
+            for subject, facts in kept
+        ]
 
     @cached_property
     def _datalist(self) -> dict[str, Any]:

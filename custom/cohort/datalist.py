@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import uuid
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..files import write_text
 from .checking import check_subjects, log_outcome
 from .discovery import DatasetDir, PathLike, base_folder, find_subjects
 from .folds import assign_folds
@@ -85,13 +85,12 @@ def write_datalist(datalist: dict[str, Any], exclusions: Iterable[Exclusion], da
         Path of the exclusion report.
     """
     path = Path(datalist_file)
-    path.parent.mkdir(parents=True, exist_ok=True)
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, [field.name for field in fields(Exclusion)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(exclusion) for exclusion in exclusions)
-    _write_whole(exclusions_file(path), table.getvalue())
-    _write_whole(path, json.dumps(datalist, indent=1) + "\n")
+    write_text(exclusions_file(path), table.getvalue())
+    write_text(path, json.dumps(datalist, indent=1) + "\n")
     return exclusions_file(path)
 
 
@@ -173,15 +172,6 @@ def _relative(file: str, base: Path) -> str:
 
 def _absolute(file: str, base: Path) -> str:
     return os.path.normpath(os.path.join(base, file))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _read_json(file: PathLike) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .layouts import check_choices, reject_namesakes, shorten, subjects_from_names
@@ -11,7 +11,7 @@ from .names import EXPECTED
 from .subject import Exclusion, Subject
 
 PathLike = str | os.PathLike
-DatasetDir = PathLike | Sequence[PathLike]
+DatasetDir = PathLike | Sequence[PathLike] | Mapping[str, PathLike]
 
 
 def find_subjects(
@@ -20,7 +20,8 @@ def find_subjects(
     """Find subjects by the names of their files; nothing is opened.
 
     Args:
-        dataset_dir: a folder of subject folders, one subject's own folder, or a list of such folders.
+        dataset_dir: a folder of subject folders, one subject's own folder, a list of such folders, or one subject as
+            the arguments of `subject_from_files`.
         layout: one of `LAYOUTS`, or "auto" to recognise it subject by subject.
         palette: key of `PALETTES`; by default that of the layout. Never guessed from voxels.
         require_label: leave subjects without a mask out.
@@ -34,6 +35,8 @@ def find_subjects(
         ValueError: a folder holds nothing that could be a subject; unknown layout or palette.
         SubjectError: two subjects of the same name.
     """
+    if isinstance(dataset_dir, Mapping):
+        return [subject_from_files(**dataset_dir)], []
     subjects: list[Subject] = []
     exclusions: list[Exclusion] = []
     for root in dataset_roots(dataset_dir):
@@ -72,7 +75,7 @@ def subject_from_files(
     )
 
 
-def dataset_roots(dataset_dir: DatasetDir) -> list[Path]:
+def dataset_roots(dataset_dir: PathLike | Sequence[PathLike]) -> list[Path]:
     """The dataset folders as absolute paths.
 
     Raises:
@@ -97,7 +100,7 @@ def dataset_roots(dataset_dir: DatasetDir) -> list[Path]:
     return roots
 
 
-def base_folder(dataset_dir: DatasetDir) -> Path:
+def base_folder(dataset_dir: PathLike | Sequence[PathLike]) -> Path:
     """The folder that the paths of a datalist are relative to: the innermost one that holds every dataset folder."""
     return Path(os.path.commonpath(dataset_roots(dataset_dir)))
 

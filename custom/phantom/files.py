@@ -12,6 +12,7 @@ from nibabel import orientations
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+from ..files import whole_file
 from .simulate import simulate
 
 SHAPE = (120, 120, 80)
@@ -167,9 +168,5 @@ def _write(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
     image.set_qform(affine, code="scanner")
     image.set_sform(affine, code="scanner")
     image.header.set_xyzt_units("mm")
-    partial = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
+    with whole_file(path) as partial:
         nib.save(image, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .charts import dice_bars, fold_strip
-from .figures import REGION_COLOURS, qc_figure, tumour_slices, write_qc_picture
+from .figures import REGION_COLOURS, qc_figure, tumour_slices
+from .pictures import write_qc_picture
 from .scores import write_scores_report
 from .segment import write_segment_report
 from .summary import dice_of, fold_means, summarise_scores

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MODEL_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-GRID = "#d9dde2"
+INK, GRID = "#222222", "#d9dde2"
 
 
 def dice_bars(scores: Sequence[Mapping[str, Any]]) -> Figure:
@@ -30,13 +30,13 @@ def dice_bars(scores: Sequence[Mapping[str, Any]]) -> Figure:
         means, deviations = np.array([spread(values[column]) for column in COLUMNS]).T
         centres = np.arange(len(COLUMNS)) + (index - (len(models) - 1) / 2) * width
         colour = MODEL_COLOURS[index % len(MODEL_COLOURS)]
-        bars = axes.bar(centres, np.nan_to_num(means), 0.92 * width, color=colour, label=model)
-        axes.errorbar(centres, means, np.nan_to_num(deviations), fmt="none", ecolor="#222222", capsize=4)
+        errors = {"yerr": np.nan_to_num(deviations), "capsize": 4, "ecolor": INK}
+        bars = axes.bar(centres, np.nan_to_num(means), 0.92 * width, color=colour, label=model, **errors)
         labels = ["–" if np.isnan(mean) else f"{mean:.3f}" for mean in means]
-        axes.bar_label(bars, labels, label_type="center", color="white", fontsize=9, weight="bold")
+        axes.bar_label(bars, labels, padding=2, color=INK, fontsize=8)
     axes.set_xticks(range(len(COLUMNS)), COLUMNS)
     _finish(axes, "Dice, mean ± sd")
-    axes.set_ylim(0, 1.02)
+    axes.set_ylim(0, 1.08)
     figure.legend(loc="outside upper center", ncols=min(len(models), 4), frameon=False)
     return figure
 
@@ -51,11 +51,12 @@ def fold_strip(scores: Sequence[Mapping[str, Any]]) -> Figure:
     for index, model in enumerate(models):
         by_fold = fold_means(scores, model)["Average"]
         colour = MODEL_COLOURS[index % len(MODEL_COLOURS)]
-        axes.plot([index] * len(by_fold), list(by_fold.values()), "o", color=colour, markersize=9, alpha=0.8)
-        for fold, value in by_fold.items():
-            axes.annotate(f"{fold}", (index, value), (9, 0), textcoords="offset points", va="center", fontsize=9)
+        places = index + np.linspace(-0.12, 0.28, len(by_fold))
+        axes.plot(places, list(by_fold.values()), "o", color=colour, markersize=9)
+        for place, (fold, value) in zip(places, by_fold.items(), strict=True):
+            axes.annotate(f"{fold}", (place, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
         mean, deviation = spread(by_fold)
-        axes.errorbar(index - 0.18, mean, np.nan_to_num(deviation), fmt="_", color="#222222", markersize=22, capsize=5)
+        axes.errorbar(index - 0.28, mean, np.nan_to_num(deviation), fmt="_", color=INK, markersize=22, capsize=5)
     axes.set_xticks(range(len(models)), models)
     axes.set_xlim(-0.6, len(models) - 0.4)
     _finish(axes, "average Dice of the fold")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import nibabel as nib
 import numpy as np
-from nibabel.processing import resample_from_to
 
 from ..cohort import MODALITIES, REGIONS
-from .files import whole_file
 from .volumes import region_masks, region_volumes
 
 if TYPE_CHECKING:
@@ -20,25 +16,13 @@ if TYPE_CHECKING:
 
 REGION_COLOURS = {"ET": "#D55E00", "TC": "#F0E442", "WT": "#56B4E9"}
 REGION_NAMES = {"ET": "enhancing tumour", "TC": "tumour core", "WT": "whole tumour"}
-LINE_WIDTHS = {"ET": 1.1, "TC": 1.6, "WT": 2.1}
+LINE_WIDTHS = {"ET": 1.0, "TC": 2.3, "WT": 2.3}
+REFERENCE_WIDTH = 1.2
+ROWS = {"T1c": "t1c", "T2-FLAIR": "flair"}
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}
 MARKERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
-ROWS = {"T1c": "t1c", "T2-FLAIR": "flair"}
 BACKGROUND, INK, FAINT, ALERT = "#0b0d10", "#f2f2f2", "#b4bac2", "#ffb454"
-MARGIN_MM = 6.0
-
-
-def tumour_slices(*masks: np.ndarray, fallback: np.ndarray) -> tuple[int, int, int]:
-    """Index, along each axis, of the slice on which the tumour is largest.
-
-    Args:
-        masks: whole tumour, [X, Y, Z] boolean; the first that is not empty counts.
-        fallback: brain, [X, Y, Z] boolean; its middle is taken where all masks are empty, the grid's where it is too.
-    """
-    mask = next((m for m in masks if m.any()), None)
-    if mask is None:
-        return tuple((box.start + box.stop) // 2 for box in _bounding_box(fallback, (0, 0, 0)))
-    return tuple(int(mask.sum(axis=tuple(a for a in range(3) if a != axis)).argmax()) for axis in range(3))
+MARGIN_MM = 11.0
 
 
 def qc_figure(
@@ -61,121 +45,65 @@ def qc_figure(
         label_map: [X, Y, Z] in `palette`, drawn as solid lines.
         spacing: voxel size in mm.
         title: first line, such as the subject's name.
-        subtitle: second line.
+        subtitle: text on the right of the title.
         regions: which of `REGIONS` to outline.
         reference: ground truth, [X, Y, Z] in `palette`, drawn as dashed lines.
         weights_note: what the reader must know about the weights.
         palette: key of `PALETTES`.
 
     Returns:
-        A figure of 12 x 8.5 inches; the first six axes are the panels, row by row.
+        A figure of 1200 x 850 pixels at 100 dpi; its axes are the panels, row by row (T1c, T2-FLAIR), each with
+        axial, coronal and sagittal. Slice numbers count from the left, the back and the bottom.
 
     Raises:
-        ValueError: images, label map and reference differ in shape.
+        ValueError: images, label map and reference are not four modalities and masks of one shape.
     """
-    from matplotlib.figure import Figure
-
-    shapes = {np.shape(a) for a in (*images, label_map, *([] if reference is None else [reference]))}
-    if len(images) != len(MODALITIES) or len(shapes) != 1 or label_map.ndim != 3:
-        raise ValueError(f"{title}: expected four images, label map and reference on one grid, got shapes {shapes}")
-    masks = region_masks(label_map, palette)
-    dashed = {} if reference is None else region_masks(reference, palette)
+    label_maps = [label_map] if reference is None else [label_map, reference]
+    _check_shapes(title, images, label_maps)
+    masks = [region_masks(one, palette) for one in label_maps]
     shown = {name: np.nan_to_num(images[MODALITIES.index(key)]) for name, key in ROWS.items()}
+    tumours = [one["WT"] for one in masks]
     brain = np.logical_or.reduce([image != 0 for image in shown.values()])
-    all_tumour = [m["WT"] for m in (masks, dashed) if m]
-    box = _bounding_box(np.logical_or.reduce([brain, *all_tumour]), MARGIN_MM / np.asarray(spacing))
-    slices = tumour_slices(*all_tumour, fallback=brain)
+    slices = tumour_slices(*tumours, fallback=brain)
+    box = _bounding_box(np.logical_or.reduce([brain, *tumours]), MARGIN_MM / np.asarray(spacing))
 
-    figure = Figure(figsize=(12, 8.5), dpi=100, facecolor=BACKGROUND)
-    extent = [(b.stop - b.start) * s for b, s in zip(box, spacing, strict=True)]
-    panels = figure.subplots(2, 3, gridspec_kw={"width_ratios": [extent[0], extent[0], extent[1]]}, squeeze=False)
-    figure.subplots_adjust(left=0.045, right=0.99, top=0.895, bottom=0.115, wspace=0.03, hspace=0.05)
+    figure, panels = _canvas([(b.stop - b.start) * s for b, s in zip(box, spacing, strict=True)])
     for row, (name, image) in zip(panels, shown.items(), strict=True):
         window = _window(image)
-        for axes, (plane, axis) in zip(row, PLANES.items(), strict=True):
-            cut = tuple(slices[a] if a == axis else box[a] for a in range(3))
-            aspect = spacing[2 if axis != 2 else 1] / spacing[0 if axis != 0 else 1]
-            _draw_panel(axes, image[cut].T, window, aspect, plane)
-            for region in reversed(REGIONS):
-                if region in regions:
-                    _outline(axes, masks[region][cut].T, region, "solid")
-                    _outline(axes, dashed[region][cut].T if dashed else None, region, "dashed")
-            axes.set_label(f"{name} {plane} {slices[axis]}")
         row[0].set_ylabel(name, color=INK, fontsize=14, labelpad=6)
+        for axes, plane in zip(row, PLANES, strict=True):
+            cut = _cut(plane, slices, box)
+            _draw_panel(axes, image[cut].T, window, _aspect(plane, spacing), plane)
+            for region in (r for r in reversed(REGIONS) if r in regions):
+                for one, style in zip(masks, ("solid", "dashed"), strict=False):
+                    _outline(axes, one[region][cut].T, region, style)
     for axes, (plane, axis) in zip(panels[0], PLANES.items(), strict=True):
-        count = label_map.shape[axis]
-        axes.set_title(f"{plane}, slice {slices[axis] + 1} of {count}", color=FAINT, fontsize=11, pad=5)
-    volumes = [region_volumes(m, float(np.prod(spacing)), palette) for m in (label_map, reference) if m is not None]
-    _annotate(figure, title, subtitle, weights_note, regions, volumes)
+        heading = f"{plane}, slice {slices[axis] + 1} of {label_map.shape[axis]}"
+        axes.set_title(heading, color=FAINT, fontsize=11, pad=5)
+    _legend(figure, regions, [region_volumes(one, float(np.prod(spacing)), palette) for one in label_maps])
+    _captions(figure, title, subtitle, weights_note, is_empty=not tumours[0].any())
     return figure
 
 
-def write_qc_picture(
-    path: str | os.PathLike[str],
-    image_paths: Sequence[str | os.PathLike[str]],
-    label_map_path: str | os.PathLike[str],
-    title: str = "",
-    subtitle: str = "",
-    weights_note: str = "",
-    palette: str = "brats2023",
-    reference_path: str | os.PathLike[str] | None = None,
-    reference_palette: str = "brats2021",
-) -> None:
-    """Writes `qc_figure` of NIfTI files as a PNG of 1200 x 850 pixels, whole or not at all.
+def tumour_slices(*masks: np.ndarray, fallback: np.ndarray) -> tuple[int, int, int]:
+    """Index, along each axis, of the slice on which the tumour is largest.
 
     Args:
-        path: PNG to write.
-        image_paths: four files in the order of `MODALITIES`, or one file with four channels; where an image has another
-            grid than the label map, it is resampled to that of the label map for the picture.
-        label_map_path: label map in `palette`.
-        title: first line of the picture.
-        subtitle: second line of the picture.
-        weights_note: what the reader must know about the weights.
-        palette: key of `PALETTES` for the label map.
-        reference_path: ground truth, drawn dashed.
-        reference_palette: key of `PALETTES` for the ground truth.
-
-    Raises:
-        ValueError: there are not four modalities.
-        OSError: a file cannot be read, or the picture cannot be written.
+        masks: whole tumour, [X, Y, Z] boolean; the first that is not empty counts.
+        fallback: brain, [X, Y, Z] boolean; its middle is taken where all masks are empty, the grid's where it is too.
     """
-    target = nib.as_closest_canonical(nib.load(label_map_path))
-    label_map = np.asarray(target.dataobj).squeeze()
-    images = [_load_on_grid(image, target, order=1) for image in _modalities(image_paths)]
-    reference = None
-    if reference_path is not None:
-        reference = _load_on_grid(nib.load(reference_path), target, order=0)
-        reference = _translate(np.rint(reference), reference_palette, palette)
-    spacing = [float(s) for s in target.header.get_zooms()[:3]]
-    figure = qc_figure(
-        images, label_map, spacing, title, subtitle, reference=reference, weights_note=weights_note, palette=palette
-    )
-    with whole_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=100, facecolor=BACKGROUND)
+    mask = next((one for one in masks if one.any()), None)
+    if mask is None:
+        x, y, z = ((b.start + b.stop) // 2 for b in _bounding_box(fallback, (0, 0, 0)))
+    else:
+        x, y, z = (int(mask.sum(axis=axes).argmax()) for axes in ((1, 2), (0, 2), (0, 1)))
+    return x, y, z
 
 
-def _modalities(paths: Sequence[str | os.PathLike[str]]) -> list[nib.spatialimages.SpatialImage]:
-    images = [nib.load(path) for path in paths]
-    if len(images) == 1 and images[0].ndim == 4:
-        images = nib.four_to_three(images[0])
-    if len(images) != len(MODALITIES):
-        raise ValueError(f"expected {len(MODALITIES)} modalities {MODALITIES}, got {len(images)} from {list(paths)}")
-    return images
-
-
-def _load_on_grid(image: nib.spatialimages.SpatialImage, target: nib.Nifti1Image, order: int) -> np.ndarray:
-    image = nib.as_closest_canonical(nib.funcs.squeeze_image(image))
-    grid = (target.shape[:3], target.affine)
-    if image.shape != grid[0] or not np.allclose(image.affine, grid[1], atol=1e-3):
-        image = resample_from_to(image, grid, order=order)
-    return np.asarray(image.dataobj, dtype=np.float32)
-
-
-def _translate(label_map: np.ndarray, source: str, target: str) -> np.ndarray:
-    from ..cohort import PALETTES
-
-    tissues = PALETTES[source]
-    return np.select([label_map == tissues[t] for t in tissues], [PALETTES[target][t] for t in tissues], 0)
+def _check_shapes(title: str, images: Sequence[np.ndarray], label_maps: Sequence[np.ndarray]) -> None:
+    shapes = [np.shape(one) for one in (*images, *label_maps)]
+    if len(images) != len(MODALITIES) or len(set(shapes)) != 1 or len(shapes[0]) != 3:
+        raise ValueError(f"{title}: expected {len(MODALITIES)} images and their masks on one 3-D grid, got {shapes}")
 
 
 def _bounding_box(mask: np.ndarray, margin: Sequence[float]) -> tuple[slice, ...]:
@@ -190,68 +118,84 @@ def _bounding_box(mask: np.ndarray, margin: Sequence[float]) -> tuple[slice, ...
 
 def _window(image: np.ndarray) -> tuple[float, float]:
     brain = image[image != 0]
-    return (0.0, 1.0) if brain.size == 0 else tuple(np.percentile(brain, (0.5, 99.7)).tolist())
+    low, high = np.percentile(brain, (0.5, 99.2)) if brain.size else (0, 1)
+    return float(low), float(max(high, low + 1e-6))
+
+
+def _canvas(extent: Sequence[float]) -> tuple[Figure, np.ndarray]:
+    from matplotlib.figure import Figure
+
+    x, y, z = extent
+    figure = Figure(figsize=(12, 8.5), dpi=100, facecolor=BACKGROUND)
+    panels = figure.subplots(2, 3, gridspec_kw={"width_ratios": (x / y, x / z, y / z)})
+    figure.subplots_adjust(left=0.045, right=0.99, top=0.895, bottom=0.115, wspace=0.03, hspace=0.03)
+    return figure, panels
+
+
+def _cut(plane: str, slices: tuple[int, int, int], box: tuple[slice, ...]) -> tuple[int | slice, ...]:
+    return tuple(slices[axis] if axis == PLANES[plane] else box[axis] for axis in range(3))
+
+
+def _aspect(plane: str, spacing: Sequence[float]) -> float:
+    across, up = (spacing[axis] for axis in range(3) if axis != PLANES[plane])
+    return up / across
 
 
 def _draw_panel(axes: Axes, image: np.ndarray, window: tuple[float, float], aspect: float, plane: str) -> None:
-    axes.set_facecolor(BACKGROUND)
     low, high = window
-    axes.imshow(
-        image,
-        cmap="gray",
-        vmin=low,
-        vmax=max(high, low + 1e-6),
-        origin="lower",
-        aspect=aspect,
-        interpolation="bilinear",
-    )
+    axes.imshow(image, "gray", vmin=low, vmax=high, origin="lower", aspect=aspect, interpolation="bilinear")
     axes.invert_xaxis()
+    axes.autoscale(False)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    places = ((0.02, 0.5), (0.98, 0.5), (0.5, 0.98), (0.5, 0.02))
+    places = ((0.015, 0.5), (0.985, 0.5), (0.5, 0.985), (0.5, 0.015))
     alignments = (("left", "center"), ("right", "center"), ("center", "top"), ("center", "bottom"))
     for letter, place, (horizontal, vertical) in zip(MARKERS[plane], places, alignments, strict=True):
-        axes.text(*place, letter, color=FAINT, fontsize=12, ha=horizontal, va=vertical, transform=axes.transAxes)
+        axes.text(*place, letter, color=INK, fontsize=12, ha=horizontal, va=vertical, transform=axes.transAxes)
 
 
-def _outline(axes: Axes, mask: np.ndarray | None, region: str, style: str) -> None:
-    if mask is None or not mask.any():
+def _outline(axes: Axes, mask: np.ndarray, region: str, style: str) -> None:
+    if not mask.any():
         return
-    width = LINE_WIDTHS[region] if style == "solid" else 1.3
-    padded = np.pad(mask.astype(np.float32), 1)
-    columns, rows = np.arange(-1, mask.shape[1] + 1), np.arange(-1, mask.shape[0] + 1)
-    axes.contour(
-        columns, rows, padded, levels=[0.5], colors=[REGION_COLOURS[region]], linewidths=width, linestyles=style
-    ).set_label(f"{region} {style}")
-    axes.set_xlim(mask.shape[1] - 0.5, -0.5)
-    axes.set_ylim(-0.5, mask.shape[0] - 0.5)
+    rows, columns = (np.arange(-1, size + 1) for size in mask.shape)
+    closed = np.pad(mask.astype(np.float32), 1)
+    width = LINE_WIDTHS[region] if style == "solid" else REFERENCE_WIDTH
+    lines = axes.contour(
+        columns, rows, closed, [0.5], colors=[REGION_COLOURS[region]], linewidths=width, linestyles=style
+    )
+    lines.set_label(f"{region} {style}")
 
 
-def _annotate(
-    figure: Figure,
-    title: str,
-    subtitle: str,
-    weights_note: str,
-    regions: Sequence[str],
-    volumes: Sequence[Mapping[str, float]],
-) -> None:
+def _legend(figure: Figure, regions: Sequence[str], volumes: Sequence[Mapping[str, float]]) -> None:
     from matplotlib.lines import Line2D
 
-    figure.text(0.012, 0.972, title, color=INK, fontsize=17, weight="bold", va="center")
-    figure.text(0.988, 0.972, subtitle, color=FAINT, fontsize=12, va="center", ha="right")
     handles = []
     for region in (r for r in REGIONS if r in regions):
-        text = f"{region} {REGION_NAMES[region]}: {volumes[0][region]:.1f} ml"
-        text += f" (reference {volumes[1][region]:.1f})" if len(volumes) > 1 else ""
+        text = f"{region} {REGION_NAMES[region]} {volumes[0][region]:.1f} ml"
+        if len(volumes) > 1:
+            text = f"{region} {volumes[0][region]:.1f} ml (reference {volumes[1][region]:.1f} ml)"
         handles.append(Line2D([], [], color=REGION_COLOURS[region], linewidth=3, label=text))
     if len(volumes) > 1:
-        handles.append(Line2D([], [], color=INK, linewidth=1.5, label="prediction"))
-        handles.append(Line2D([], [], color=INK, linewidth=1.5, linestyle="dashed", label="reference"))
+        handles += [Line2D([], [], color=INK, label="predicted")]
+        handles += [Line2D([], [], color=INK, label="reference", linestyle="dashed")]
     figure.legend(
-        handles=handles, loc="center", bbox_to_anchor=(0.5, 0.075), ncols=len(handles), frameon=False, labelcolor=INK,
-        fontsize=12 if len(volumes) == 1 else 11, columnspacing=1.6, handlelength=1.8,
-    )  # fmt: skip
-    empty = "" if volumes[0]["WT"] else "No tumour found: slices through the middle of the brain.  "
-    figure.text(0.012, 0.025, empty, color=ALERT, fontsize=12, va="center", weight="bold")
+        handles=handles,
+        loc="center",
+        bbox_to_anchor=(0.5, 0.075),
+        ncols=len(handles),
+        frameon=False,
+        labelcolor=INK,
+        fontsize=13 if len(volumes) == 1 else 11,
+        columnspacing=1.5,
+        handlelength=1.8,
+    )
+
+
+def _captions(figure: Figure, title: str, subtitle: str, weights_note: str, is_empty: bool) -> None:
+    figure.text(0.012, 0.97, title, color=INK, fontsize=17, weight="bold", va="center", parse_math=False)
+    figure.text(0.988, 0.97, subtitle, color=FAINT, fontsize=12, va="center", ha="right", parse_math=False)
+    if is_empty:
+        empty = "No tumour in the mask"
+        figure.text(0.012, 0.025, empty, color=ALERT, fontsize=12, weight="bold", va="center")
     note = " · ".join(part for part in (weights_note, "research use, not a medical device") if part)
-    figure.text(0.988, 0.025, note, color=ALERT, fontsize=11, va="center", ha="right")
+    figure.text(0.988, 0.025, note, color=ALERT, fontsize=11, va="center", ha="right", parse_math=False)

@@ -17,7 +17,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from .files import whole_file
+from ..files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +48,13 @@ def section(heading: str, *parts: str) -> Html:
 def banner(*lines: str) -> Html:
     """A highlighted box that must not be overlooked."""
     return Html(f'<div class="banner" role="note">{"".join(f"<p>{text(line)}</p>" for line in lines if line)}</div>')
+
+
+def weights_line(note: str) -> str:
+    """What is known of the weights, as a sentence for the banner."""
+    if not note:
+        return "Weights: nothing is known about what they were trained on."
+    return note[0].upper() + note[1:] if note.lower().startswith("weights") else f"Weights: {note}"
 
 
 def cards(facts: Mapping[str, Any]) -> Html:
@@ -142,14 +149,15 @@ $body
 STYLE = """
 :root { --ink: #1d232a; --faint: #5b6570; --line: #dfe3e8; --accent: #0b5c94; }
 * { box-sizing: border-box; }
-body { margin: 0; color: var(--ink); background: #fff; font: 16px/1.5 system-ui, "Segoe UI", Roboto, Arial, sans-serif; }
+body { margin: 0; color: var(--ink); background: #fff; font: 16px/1.5 system-ui, Roboto, Arial, sans-serif; }
 main, footer { max-width: 76rem; margin: 0 auto; padding: 0 1.5rem; }
 h1 { font-size: 1.8rem; margin: 1.5rem 0 .75rem; }
 h2 { font-size: 1.3rem; margin: 2.2rem 0 .6rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1.1rem; margin: 1.8rem 0 .3rem; }
 p { margin: .4rem 0; }
 a { color: var(--accent); }
-.banner { border: 1px solid #e0a100; border-left-width: 6px; border-radius: 4px; background: #fff6dc; padding: .5rem 1rem; }
+.banner { border: 1px solid #e0a100; border-left-width: 6px; border-radius: 4px; padding: .5rem 1rem; }
+.banner { background: #fff6dc; }
 .banner p:first-child { font-weight: 600; }
 .cards { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1rem 0; }
 .cards div { flex: 1 1 8rem; border: 1px solid var(--line); border-radius: 6px; padding: .5rem .9rem; }
@@ -158,7 +166,8 @@ a { color: var(--accent); }
 .scroll { overflow-x: auto; margin: .6rem 0 1.2rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--faint); padding-bottom: .35rem; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+td { overflow-wrap: anywhere; }
 thead th { border-bottom: 2px solid var(--ink); white-space: nowrap; }
 th.number, td.number { text-align: right; white-space: nowrap; }
 th[scope="row"] { font-weight: 600; }

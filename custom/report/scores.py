@@ -9,13 +9,17 @@ from typing import Any
 
 from ..cohort import REGIONS
 from .charts import dice_bars, fold_strip
-from .page import RESEARCH_USE, Html, banner, cards, join, picture, section, table, text, write_page
+from .page import RESEARCH_USE, Html, banner, cards, join, picture, section, table, text, weights_line, write_page
 from .summary import BRATS, COLUMNS, SKIP, dice_of, models_of, summarise_scores
 
 CONVENTIONS = {
     SKIP: "Empty regions skipped: a subject without the region does not count for it",
     BRATS: "BraTS convention: 1 where prediction and reference are both empty, 0 where only one is",
 }
+
+NO_BRATS = (
+    "No table under the BraTS convention: the scores do not tell a false positive from a region rightly left empty."
+)
 
 
 def write_scores_report(
@@ -31,7 +35,7 @@ def write_scores_report(
 
     Args:
         path: HTML file to write, whole or not at all.
-        scores: dicts with "model", "fold", "subject", "ET", "TC", "WT" (NaN where undefined), see `dice_of`.
+        scores: dicts with "model", "fold", "subject", and the Dice of ET, TC and WT as `dice_of` reads it.
         pictures: path of a QC picture, with the reference dashed, by caption (such as the subject's name).
         title: title of the page.
         dataset: what was scored, for the captions.
@@ -48,7 +52,7 @@ def write_scores_report(
     write_page(
         path,
         title,
-        banner(RESEARCH_USE, f"Weights: {weights_note}" if weights_note else ""),
+        banner(RESEARCH_USE, weights_line(weights_note)),
         cards({"subjects": len(subjects), "folds": len(folds), "models": len(models_of(scores))}),
         section("Dice", *(_summary_table(scores, convention, dataset) for convention in CONVENTIONS)),
         section("Figures", *_charts(scores)),
@@ -59,14 +63,25 @@ def write_scores_report(
 
 
 def _summary_table(scores: Sequence[Mapping[str, Any]], convention: str, dataset: str) -> Html:
+    values = [dice_of(score, region, convention) for score in scores for region in REGIONS]
+    if convention == BRATS and any(map(math.isnan, values)):
+        return Html(f"<p>{text(NO_BRATS)}</p>")
     summary = summarise_scores(scores, convention)
     best = {column: max((row[column][0] for row in summary.values()), key=_rank) for column in COLUMNS}
     rows = [
-        [model, *(_mean_and_deviation(row[column], row[column][0] == best[column]) for column in COLUMNS)]
+        [
+            model,
+            *(
+                _mean_and_deviation(row[column], len(summary) > 1 and row[column][0] == best[column])
+                for column in COLUMNS
+            ),
+        ]
         for model, row in summary.items()
     ]
     where = f"{dataset}. " if dataset else ""
-    caption = f"{where}Mean ± standard deviation across folds, best in bold. {CONVENTIONS[convention]}."
+    folds = len({str(score["fold"]) for score in scores})
+    what = f"Mean ± standard deviation across {folds} folds" if folds > 1 else "Mean over the subjects of one fold"
+    caption = f"{where}{what}{', best in bold' if len(summary) > 1 else ''}. {CONVENTIONS[convention]}."
     return table(("model", *COLUMNS), rows, caption)
 
 

@@ -9,7 +9,20 @@ from typing import Any
 
 from ..cohort import REGIONS
 from .figures import REGION_NAMES
-from .page import RESEARCH_USE, Html, anchor, banner, bullets, cards, picture, section, table, text, write_page
+from .page import (
+    RESEARCH_USE,
+    Html,
+    anchor,
+    banner,
+    bullets,
+    cards,
+    picture,
+    section,
+    table,
+    text,
+    weights_line,
+    write_page,
+)
 
 DONE = "done"
 REGION_KEY = "ET: enhancing tumour. TC: ET with necrosis and non-enhancing core. WT: TC with oedema."
@@ -40,9 +53,7 @@ def write_segment_report(
     write_page(
         path,
         title,
-        banner(
-            RESEARCH_USE, f"Weights: {note}" if note else "Weights: nothing is known about what they were trained on"
-        ),
+        banner(RESEARCH_USE, weights_line(note)),
         cards(
             {
                 "segmented": len(done),

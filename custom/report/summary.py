@@ -23,21 +23,23 @@ def dice_of(score: Mapping[str, Any], region: str, convention: str = SKIP) -> fl
     """Dice of one subject and region under a convention for empty regions.
 
     Args:
-        score: "ET", "TC" and "WT" with NaN where the region is empty, and perhaps "ET_brats" and so on, which tell
-            apart a false positive (0) from a region rightly left empty (1).
+        score: the Dice as "ET" or, as `metrics.score_subject` calls it, "ET_dice", NaN where the reference is empty;
+            and perhaps "ET_dice_brats", which is then 1 where the prediction is empty too, and 0 where it is not.
         region: one of `REGIONS`.
-        convention: "skip" keeps the NaN. "brats" takes the `_brats` value, or counts NaN as 1 where there is none,
-            for Dice itself is undefined only where prediction and reference are both empty.
+        convention: "skip" keeps the NaN. "brats" takes "ET_dice_brats"; where that is absent a NaN stays a NaN, for it
+            does not tell whether something was predicted.
 
     Raises:
+        KeyError: the score has no Dice of the region.
         ValueError: the convention is neither.
     """
     if convention not in (SKIP, BRATS):
         raise ValueError(f"convention must be {SKIP!r} or {BRATS!r}, got {convention!r}")
-    value = float(score[region])
-    if convention == BRATS:
-        return float(score.get(f"{region}_brats", 1.0 if math.isnan(value) else value))
-    return value
+    names = (f"{region}_dice_brats",) * (convention == BRATS) + (region, f"{region}_dice")
+    name = next((name for name in names if name in score), None)
+    if name is None:
+        raise KeyError(f"score of subject {score.get('subject')} has neither {region!r} nor '{region}_dice'")
+    return float(score[name])
 
 
 def fold_means(scores: Sequence[Mapping[str, Any]], model: str, convention: str = SKIP) -> dict[str, dict[Any, float]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..cohort import PALETTES, REGION_TISSUES, REGIONS
-from .files import whole_file
+from ..files import whole_file
 
 VOLUME_COLUMNS = ("subject", "et_ml", "tc_ml", "wt_ml", "status", "seconds", "warnings", "weights")
 

@@ -106,13 +106,15 @@ class TestNames:
             ("x T1 pre", "x T1 post", "x T2", "x T2 FLAIR"),
             ("sub-01_T1w", "sub-01_ce-GAD_T1w", "sub-01_T2w", "sub-01_FLAIR"),
             ("UPENN-GBM-00001_11_T1", "UPENN-GBM-00001_11_T1GD", "UPENN-GBM-00001_11_T2", "UPENN-GBM-00001_11_FLAIR"),
-            ("p-c_01-t1", "p-c_01-t1.contrast", "p-c_01-t2", "p-c_01-t2f"),
+            ("p-c_t1", "p-c_t1.contrast", "p-c_t2", "p-c_t2f"),
         ],
     )
     def test_plain_names(self, stems: tuple[str, ...]) -> None:
         names = [f"s/{stem}.nii" for stem in stems]
         extra = ["s/ADC.nii", "s/T2_star.nii", "s/T1_brain_mask.nii", "s/brain_mask.nii", "s/T1_to_T2.nii", "s/T1.json"]
-        assert list(one([*extra, *names[::-1]], require_label=False).images) == names
+        subject = one([*extra, *names[::-1]], require_label=False)
+        assert (list(subject.images), subject.label) == (names, None)
+        assert one([*extra, *names, "s/Segmentation.nii"]).label == "s/Segmentation.nii"
 
     def test_the_manual_utsw_mask_is_preferred_and_the_cropped_one_never_used(self) -> None:
         names = [*names_of("utsw"), "case/tumorseg_manual_correction.nii.gz", "case/brain_t1_ants.nii.gz"]
@@ -315,6 +317,13 @@ class TestFolds:
         assert all(len({folds[i["subject"]] for i in items if i["patient"] == p}) == 1 for p in {"BT000", "BT003"})
         assert Counter(folds.values()) == {0: 20, 1: 20, 2: 20}
 
+    def test_a_patient_with_many_scans_does_not_unbalance_other_strata(self) -> None:
+        scans = [{"subject": f"A{n}", "patient": "A", "label_source": "expert", "has_et": n > 0} for n in range(3)]
+        others = [{"subject": f"B{n}", "label_source": "expert", "has_et": True} for n in range(2)]
+        folds = assign_folds([*scans, *others], 2)
+        assert folds["B0"] != folds["B1"]
+        assert assign_folds([*others, *scans[::-1]], 2) == folds
+
     def test_no_folds(self) -> None:
         with pytest.raises(ValueError, match="num_folds is 0"):
             assign_folds(make_items(), 0)
@@ -365,11 +374,11 @@ class TestDatalist:
         path = tmp_path / "lists" / "datalist.json"
         datalist, _ = cohort.build_datalist(dataset)
         cohort.write_datalist(datalist, [], path)
-        before = path.read_text()
+        before = [file.read_text() for file in (path, cohort.exclusions_file(path))]
         monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
-            cohort.write_datalist(datalist | {"training": []}, [], path)
-        assert path.read_text() == before
+            cohort.write_datalist(datalist, [cohort.Exclusion("S9", "S9", "late", "none")], path)
+        assert [file.read_text() for file in (path, cohort.exclusions_file(path))] == before
         assert sorted(file.name for file in path.parent.iterdir()) == ["datalist.json", "datalist_exclusions.csv"]
 
     def test_exclusion_report_is_written_even_without_exclusions(self, dataset: Path, tmp_path: Path) -> None:
@@ -449,8 +458,13 @@ class TestCohort:
         assert data.inputs()[0] == {
             "subject": "S0",
             "image": [str(dataset / "S0" / f"{stem}.nii.gz") for stem in STEMS["plain"][:4]],
+            "warnings": [],
         }
         assert data.exclusions == []
+
+    def test_one_subject_by_four_files(self, dataset: Path) -> None:
+        files = dict(zip(MODALITIES, (str(dataset / "S0" / f"{stem}.nii.gz") for stem in STEMS["plain"]), strict=False))
+        assert [item["image"] for item in Cohort(files).inputs()] == [list(files.values())]
 
     def test_one_subjects_own_folder(self, dataset: Path) -> None:
         assert [item["subject"] for item in Cohort(dataset / "S5").inputs()] == ["S5"]

@@ -1,0 +1,86 @@
+"""A set of weights on disk: which files it is made of, and what it says of itself."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoints import CheckpointError, read_checkpoint
+from .files import file_sha256
+
+NUM_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is known of a set of weights.
+
+    Attributes:
+        files: one checkpoint a fold, or one of the whole.
+        sha256: digest over the digests of all files.
+        facts: provenance that all files share, e.g. ``backbone``, ``spacing``, ``num_folds``.
+        trained_on: names of all subjects that any of the files was trained on.
+        note: what the weights say of themselves, else the start of their digest.
+    """
+
+    files: tuple[Path, ...]
+    sha256: str
+    facts: dict[str, Any]
+    trained_on: frozenset[str]
+    note: str
+
+
+def fold_checkpoint(weights_dir: str | Path, fold: int) -> Path:
+    """Return where the training of one fold leaves its best checkpoint: ``<weights_dir>/fold<k>/model.pt``."""
+    return Path(weights_dir) / f"fold{fold}" / "model.pt"
+
+
+def weight_files(weights_dir: str | Path, num_folds: int = NUM_FOLDS) -> list[Path]:
+    """Find the weights in a folder: one ``model.pt`` of the whole ensemble, else one checkpoint a fold.
+
+    Raises:
+        CheckpointError: neither is there, or a fold is missing; says which.
+    """
+    whole = Path(weights_dir) / "model.pt"
+    if whole.is_file():
+        return [whole]
+    folds = [fold_checkpoint(weights_dir, fold) for fold in range(num_folds)]
+    missing = [path for path in folds if not path.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"no weights in {weights_dir}: {len(missing)} of {num_folds} fold checkpoints are missing (first: "
+            f"{missing[0]}) and there is no {whole.name}; train the folds, run `comnet demo`, or name another folder"
+        )
+    return folds
+
+
+def describe_weights(weights: str | Path) -> Weights:
+    """Read what a set of weights is.
+
+    Args:
+        weights: folder of an ensemble's weights, or one checkpoint.
+
+    Raises:
+        CheckpointError: no weights, unreadable ones, or folds that were made with different backbones or spacings.
+    """
+    weights = Path(weights)
+    files = [weights] if weights.is_file() else weight_files(weights, _expected_folds(weights))
+    facts = [read_checkpoint(path)[1] for path in files]
+    for key in ("backbone", "spacing", "num_folds"):
+        if any(fact.get(key) != facts[0].get(key) for fact in facts):
+            raise CheckpointError(f"the folds in {weights} differ in {key}: they do not belong together")
+    digest = hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
+    return Weights(
+        files=tuple(files),
+        sha256=digest,
+        facts={key: value for key, value in facts[0].items() if all(fact.get(key) == value for fact in facts)},
+        trained_on=frozenset(name for fact in facts for name in fact.get("trained_on", ())),
+        note="; ".join(sorted({fact["notes"] for fact in facts if fact.get("notes")})) or f"weights {digest[:12]}",
+    )
+
+
+def _expected_folds(weights_dir: Path) -> int:
+    first = next(iter(sorted(weights_dir.glob("fold*/model.pt"))), None)
+    return read_checkpoint(first)[1].get("num_folds", NUM_FOLDS) if first else NUM_FOLDS

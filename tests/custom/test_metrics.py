@@ -1,0 +1,367 @@
+"""Metrics against the paper's formulas and brute force, on every combination of empty masks, and inside engines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from monai.bundle import ConfigParser
+from monai.data import DataLoader, Dataset, MetaTensor
+from monai.engines import SupervisedEvaluator
+from monai.handlers import MetricsSaver, from_engine
+from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from scipy.spatial.distance import cdist
+
+from custom.cohort import REGIONS
+from custom.metrics import EMPTY_HD95_MM, SCORES, MeanRegionDice, RegionDice, score_subject, summarise
+
+# --- references -----------------------------------------------------------------------------------------------------
+
+
+def equation_7(prediction: np.ndarray, reference: np.ndarray) -> float:
+    true_positive = np.sum(prediction & reference)
+    false_positive = np.sum(prediction & ~reference)
+    false_negative = np.sum(~prediction & reference)
+    return float(2 * true_positive / (2 * true_positive + false_positive + false_negative))
+
+
+def surface_points(mask: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
+    """Voxels of the mask with a face neighbour outside of it, in mm."""
+    padded = np.pad(mask, 1)
+    inside = np.ones_like(padded)
+    for axis in range(3):
+        inside &= np.roll(padded, 1, axis) & np.roll(padded, -1, axis)
+    return np.argwhere((padded & ~inside)[1:-1, 1:-1, 1:-1]) * np.array(spacing)
+
+
+def brute_force_hd95(prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...]) -> float:
+    distances = cdist(surface_points(prediction, spacing), surface_points(reference, spacing))
+    return float(max(np.percentile(distances.min(1), 95), np.percentile(distances.min(0), 95)))
+
+
+def blobs(seed: int, shape: tuple[int, int, int] = (16, 14, 12)) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((3, *shape), dtype=bool)
+    for mask in masks:
+        for _ in range(2):
+            corner, size = rng.integers(1, 7, 3), rng.integers(2, 6, 3)
+            mask[tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))] = True
+    return masks
+
+
+def cube(corner: tuple[int, int, int], size: int = 6, shape: tuple[int, int, int] = (24, 24, 24)) -> np.ndarray:
+    mask = np.zeros(shape, dtype=bool)
+    mask[tuple(slice(c, c + size) for c in corner)] = True
+    return mask
+
+
+def same(masks: np.ndarray) -> np.ndarray:
+    return np.stack([masks] * 3)
+
+
+# --- one subject ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_dice_is_equation_7_and_its_mean_equation_8(seed: int) -> None:
+    prediction, reference = blobs(seed), blobs(seed + 50)
+    row = score_subject(prediction, reference)
+    expected = [equation_7(p, r) for p, r in zip(prediction, reference, strict=True)]
+    assert [row[f"{region}_dice"] for region in REGIONS] == pytest.approx(expected)
+    assert [row[f"{region}_dice_brats"] for region in REGIONS] == pytest.approx(expected)
+    assert row["mean_dice"] == pytest.approx(sum(expected) / 3)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.5, 1.0, 4.0)])
+@pytest.mark.parametrize("seed", range(3))
+def test_hd95_is_that_of_brute_force(seed: int, spacing: tuple[float, ...]) -> None:
+    prediction, reference = blobs(seed), blobs(seed + 50)
+    row = score_subject(prediction, reference, spacing)
+    for region, p, r in zip(REGIONS, prediction, reference, strict=True):
+        assert row[f"{region}_hd95"] == pytest.approx(brute_force_hd95(p, r, spacing), rel=1e-5)
+        assert row[f"{region}_hd95_brats"] == row[f"{region}_hd95"]
+
+
+@pytest.mark.parametrize(("shift", "expected"), [((3, 0, 0), 3.0), ((0, 3, 0), 6.0), ((0, 0, 3), 7.5)])
+def test_hd95_of_a_shifted_cube_is_the_shift_in_mm(shift: tuple[int, int, int], expected: float) -> None:
+    moved = cube(tuple(8 + s for s in shift))
+    row = score_subject(same(moved), same(cube((8, 8, 8))), spacing=(1, 2, 2.5))
+    assert row["WT_hd95"] == pytest.approx(expected)
+
+
+def test_hd95_forgives_five_percent_of_the_surface() -> None:
+    reference = cube((2, 2, 2), size=10)
+    prediction = reference.copy()
+    prediction[20, 20, 20] = True
+    assert score_subject(same(prediction), same(reference))["WT_hd95"] == 0
+
+
+def test_surface_dice_grows_with_the_tolerance_from_nothing_to_one() -> None:
+    prediction, reference = same(cube((8, 8, 8))), same(cube((8, 8, 10)))
+    scores = [score_subject(prediction, reference, (1, 1, 2), t)["TC_nsd"] for t in (0.0, 1.0, 2.1, 4.1)]
+    assert scores == sorted(scores)
+    assert 0 < scores[0] < scores[2] < 1 and scores[3] == 1
+    assert score_subject(prediction, same(cube((16, 16, 16))), tolerance_mm=1)["TC_nsd"] == 0
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.9, 1.1, 3.0)])
+def test_cropping_to_the_masks_changes_no_surface_score(spacing: tuple[float, ...]) -> None:
+    prediction, reference = (np.pad(blobs(seed), ((0, 0), (0, 9), (6, 0), (3, 11))) for seed in (1, 60))
+    row = score_subject(prediction, reference, spacing)
+    pair = {"y_pred": torch.from_numpy(prediction)[None], "y": torch.from_numpy(reference)[None]}
+    options = {"include_background": True, "spacing": spacing}
+    hd95 = compute_hausdorff_distance(**pair, **options, percentile=95)[0]
+    nsd = compute_surface_dice(**pair, **options, class_thresholds=[1.0] * 3, use_subvoxels=True)[0]
+    assert [row[f"{region}_hd95"] for region in REGIONS] == hd95.tolist()
+    assert [row[f"{region}_nsd"] for region in REGIONS] == nsd.tolist()
+
+
+def test_masks_that_reach_the_edge_of_the_image_are_scored_alike() -> None:
+    prediction, reference = same(cube((0, 8, 18))), same(cube((0, 9, 18)))
+    inside = [np.pad(masks, ((0, 0), (2, 2), (2, 2), (2, 2))) for masks in (prediction, reference)]
+    assert score_subject(prediction, reference) == score_subject(*inside)
+
+
+NAN = math.nan
+EMPTY_CASES = {
+    "both": (False, False, {"dice": NAN, "nsd": NAN, "hd95": NAN, "dice_brats": 1, "nsd_brats": 1, "hd95_brats": 0}),
+    "reference": (
+        True,
+        False,
+        {"dice": NAN, "nsd": NAN, "hd95": NAN, "dice_brats": 0, "nsd_brats": 0, "hd95_brats": 373.12866},
+    ),
+    "prediction": (
+        False,
+        True,
+        {"dice": 0, "nsd": 0, "hd95": NAN, "dice_brats": 0, "nsd_brats": 0, "hd95_brats": 373.12866},
+    ),
+    "neither": (True, True, {"dice": 1, "nsd": 1, "hd95": 0, "dice_brats": 1, "nsd_brats": 1, "hd95_brats": 0}),
+}
+
+
+@pytest.mark.parametrize("empty", EMPTY_CASES)
+def test_both_conventions_for_empty_masks(empty: str) -> None:
+    predicted, expected, scores = EMPTY_CASES[empty]
+    prediction, reference = same(cube((2, 2, 2))), same(cube((2, 2, 2)))
+    prediction[0] &= predicted
+    reference[0] &= expected
+    row = score_subject(prediction, reference)
+    assert {name: row[f"ET_{name}"] for name in SCORES} == pytest.approx(scores, nan_ok=True)
+
+
+def test_penalty_is_the_diagonal_of_the_brats_grid() -> None:
+    assert pytest.approx(math.hypot(240, 240, 155), abs=1e-4) == EMPTY_HD95_MM
+
+
+def test_means_skip_undefined_regions_but_the_brats_means_do_not() -> None:
+    prediction, reference = same(cube((8, 8, 8))), same(cube((8, 8, 8)))
+    prediction[1] = cube((8, 8, 11))
+    prediction[0] = reference[0] = False
+    row = score_subject(prediction, reference)
+    assert row["mean_dice"] == pytest.approx((0.5 + 1) / 2)
+    assert row["mean_dice_brats"] == pytest.approx((1 + 0.5 + 1) / 3)
+    nothing = np.zeros_like(prediction)
+    assert math.isnan(score_subject(nothing, nothing)["mean_dice"])
+
+
+def test_volumes_are_millilitres_and_the_error_is_signed() -> None:
+    row = score_subject(same(cube((2, 2, 2), size=5)), same(cube((2, 2, 2), size=10)), spacing=(1, 2, 2.5))
+    assert row["WT_volume_ml"] == pytest.approx(125 * 5 / 1000)
+    assert row["WT_reference_ml"] == pytest.approx(1000 * 5 / 1000)
+    assert row["WT_volume_error_ml"] == pytest.approx(-875 * 5 / 1000)
+
+
+def test_row_is_flat_and_made_of_floats_only() -> None:
+    row = score_subject(blobs(0), blobs(50))
+    assert len(row) == 3 * (6 + 3) + 6
+    assert all(type(value) is float for value in row.values())
+
+
+def test_kinds_of_array_and_number_do_not_matter() -> None:
+    prediction, reference = blobs(0), blobs(50)
+    row = score_subject(prediction, reference, spacing=[1, 1, 2.5])
+    assert score_subject(torch.from_numpy(prediction).float(), MetaTensor(reference), (1.0, 1.0, 2.5)) == row
+    assert score_subject(prediction.astype(np.uint8), reference.astype(np.int16), np.array([1, 1, 2.5])) == row
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "spacing", "message"),
+    [
+        (np.full((3, 4, 4, 4), 0.7), np.zeros((3, 4, 4, 4)), (1, 1, 1), "prediction has values other than 0 and 1"),
+        (np.zeros((3, 4, 4, 4)), np.full((3, 4, 4, 4), 4), (1, 1, 1), "reference has values other than 0 and 1"),
+        (np.full((3, 4, 4, 4), np.nan), np.zeros((3, 4, 4, 4)), (1, 1, 1), "other than 0 and 1"),
+        (np.zeros((1, 4, 4, 4)), np.zeros((1, 4, 4, 4)), (1, 1, 1), r"\[3, X, Y, Z\]"),
+        (np.zeros((3, 4, 4, 4)), np.zeros((3, 4, 4, 5)), (1, 1, 1), "differ in shape"),
+        (np.zeros((3, 4, 4, 4)), np.zeros((3, 4, 4, 4)), (1, 1), "three positive"),
+        (np.zeros((3, 4, 4, 4)), np.zeros((3, 4, 4, 4)), (1, 0, 1), "three positive"),
+    ],
+)
+def test_unusable_input_is_refused(prediction: object, reference: object, spacing: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        score_subject(prediction, reference, spacing)
+
+
+# --- many subjects --------------------------------------------------------------------------------------------------
+
+
+def test_summary_is_the_sample_mean_and_deviation_of_what_is_there() -> None:
+    values = [0.5, NAN, 0.8, 0.9]
+    rows = [{"subject": f"BT{i}", "ET_dice": value, "rim": i == 1} for i, value in enumerate(values)]
+    rows[0]["extra"] = 3
+    summary = summarise(rows)
+    assert list(summary) == ["ET_dice", "extra"]
+    assert summary["ET_dice"] == pytest.approx({"mean": np.nanmean(values), "sd": np.nanstd(values, ddof=1), "n": 3})
+    assert summary["extra"] == pytest.approx({"mean": 3, "sd": NAN, "n": 1}, nan_ok=True)
+
+
+def test_summary_of_nothing_defined_says_so() -> None:
+    assert summarise([{"a": NAN}])["a"] == pytest.approx({"mean": NAN, "sd": NAN, "n": 0}, nan_ok=True)
+    assert summarise([]) == {}
+
+
+# --- engines --------------------------------------------------------------------------------------------------------
+
+
+def batch(*dice: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One subject with the given Dice of ET, TC and WT; NaN stands for an empty reference."""
+    prediction, reference = torch.zeros(2, 1, 3, 10, 10, 10)
+    for region, value in enumerate(dice):
+        if not math.isnan(value):
+            reference[0, region].view(-1)[:100] = 1
+            prediction[0, region].view(-1)[round(100 * (1 - value)) :][:100] = 1
+    return prediction, reference
+
+
+def run(batches: list[tuple[torch.Tensor, torch.Tensor]], **kwargs: object) -> Engine:
+    engine = Engine(lambda _, item: item)
+    MeanRegionDice(**kwargs).attach(engine, "val_mean_dice")
+    engine.run(batches)
+    return engine
+
+
+def test_key_metric_is_the_mean_over_regions_of_the_means_over_subjects() -> None:
+    metrics = run([batch(0.5, 0.25, 1), batch(NAN, 0.75, 0.5), batch(1, 0.8, 0.9)]).state.metrics
+    assert metrics["val_dice_et"] == pytest.approx(0.75)
+    assert metrics["val_dice_tc"] == pytest.approx(0.6)
+    assert metrics["val_dice_wt"] == pytest.approx(0.8)
+    assert metrics["val_mean_dice"] == pytest.approx((0.75 + 0.6 + 0.8) / 3)
+    assert type(metrics["val_mean_dice"]) is float
+
+
+def test_region_that_nobody_has_is_left_out_of_the_key_metric() -> None:
+    metrics = run([batch(NAN, 0.2, 0.6), batch(NAN, 0.4, 1)]).state.metrics
+    assert math.isnan(metrics["val_dice_et"])
+    assert metrics["val_mean_dice"] == pytest.approx((0.3 + 0.8) / 2)
+
+
+def test_key_metric_is_nan_only_where_nothing_can_be_scored() -> None:
+    metrics = run([batch(NAN, NAN, NAN)]).state.metrics
+    assert math.isnan(metrics["val_mean_dice"])
+
+
+def test_brats_convention_scores_empty_regions_too() -> None:
+    metrics = run([batch(NAN, 0.2, 0.6)], ignore_empty=False, prefix="test_dice").state.metrics
+    assert metrics["test_dice_et"] == 1
+    assert metrics["val_mean_dice"] == pytest.approx(0.6)
+
+
+def test_one_epoch_does_not_leak_into_the_next() -> None:
+    engine = Engine(lambda _, item: item)
+    MeanRegionDice().attach(engine, "val_mean_dice")
+    seen = []
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: seen.append(dict(e.state.metrics)))
+    engine.run([batch(0.2, 0.2, 0.2)])
+    engine.run([batch(0.8, 0.8, NAN)])
+    assert seen[1]["val_mean_dice"] == pytest.approx(0.8)
+    assert math.isnan(seen[1]["val_dice_wt"])
+
+
+def test_details_hold_every_subject() -> None:
+    engine = run([batch(0.5, 0.25, 1), batch(NAN, 0.75, 0.5)])
+    details = engine.state.metric_details["val_mean_dice"]
+    assert torch.allclose(details, torch.tensor([[0.5, 0.25, 1], [NAN, 0.75, 0.5]]), equal_nan=True)
+
+
+def test_nothing_scored_is_an_error_rather_than_a_number() -> None:
+    with pytest.raises(ValueError, match="validation list"):
+        RegionDice().aggregate()
+
+
+def test_works_as_key_metric_of_a_monai_evaluator_from_json(tmp_path: Path) -> None:
+    config = {"_target_": "custom.metrics.MeanRegionDice", "output_transform": "$from_engine(['pred', 'label'])"}
+    parser = ConfigParser({"metric": config}, globals={"from_engine": from_engine})
+    subjects = [batch(0.5, 0.25, 1), batch(NAN, 0.75, 0.5)]
+    data = Dataset(
+        [
+            {"image": MetaTensor(p[0], meta={"filename_or_obj": f"s{i}"}), "label": r[0]}
+            for i, (p, r) in enumerate(subjects)
+        ]
+    )
+    saver = MetricsSaver(str(tmp_path), "*", "*", batch_transform=lambda items: [item["image"].meta for item in items])
+    evaluator = SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(data, batch_size=2),
+        network=torch.nn.Identity(),
+        key_val_metric={"val_mean_dice": parser.get_parsed_content("metric")},
+        val_handlers=[saver],
+    )
+    evaluator.run()
+    assert evaluator.state.key_metric_name == "val_mean_dice"
+    assert evaluator.state.best_metric == pytest.approx((0.5 + 0.5 + 0.75) / 3)
+    table = (tmp_path / "metrics.csv").read_text()
+    assert all(name in table for name in ("val_mean_dice", "val_dice_et", "val_dice_tc", "val_dice_wt"))
+    details = (tmp_path / "val_mean_dice_raw.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in details[1:]] == ["s0", "s1"]
+
+
+WORKER = """
+import json, os, torch, torch.distributed as dist
+from ignite.engine import Engine
+from custom.metrics import MeanRegionDice
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+engine = Engine(lambda _, item: item)
+MeanRegionDice().attach(engine, "val_mean_dice")
+subjects = [0.0, 0.5, 0.9][rank::2]
+
+
+def subject(dice):
+    prediction, reference = torch.zeros(2, 1, 3, 10, 10, 10)
+    reference[0, 1:].view(2, -1)[:, :100] = 1
+    prediction[0, 1:].view(2, -1)[:, round(100 * (1 - dice)):][:, :100] = 1
+    return prediction, reference
+
+
+engine.run([subject(dice) for dice in subjects])
+print(json.dumps({**engine.state.metrics, "n": len(engine.state.metric_details["val_mean_dice"])}))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_subjects_of_all_processes_count(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+    command = [sys.executable, "-c", WORKER]
+    processes = [
+        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for process in processes:
+        metrics = json.loads(process.communicate(timeout=120)[0].splitlines()[-1])
+        assert metrics["n"] == 3
+        assert math.isnan(metrics["val_dice_et"])
+        assert metrics["val_mean_dice"] == pytest.approx((0 + 0.5 + 0.9) / 3)
