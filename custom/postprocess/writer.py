@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ from monai.data import ImageWriter, NibabelWriter
 from monai.utils import convert_to_numpy, ensure_tuple, get_equivalent_dtype
 
 from .. import __version__
+from ..files import whole_file
 
 SPATIAL_FIELDS = (
     *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
@@ -94,29 +93,20 @@ class NativeGridWriter(NibabelWriter):
 
 
 def write_whole(image: nib.Nifti1Image, path: Path) -> None:
-    """Save `image` under a temporary name in the folder of `path`, then move it there in one step.
+    """Save `image` as `path`, whole or not at all.
 
     Raises:
         ValueError: `path` ends in neither .nii nor .nii.gz.
         OSError: it cannot be written; nothing is left behind, and a file already there stays as it was.
     """
-    ending = next((ending for ending in (".nii.gz", ".nii") if path.name.lower().endswith(ending)), None)
-    if ending is None:
+    if not path.name.lower().endswith((".nii.gz", ".nii")):
         raise ValueError(f"{path}: only NIfTI is written; use a name that ends in .nii.gz or .nii")
-    partial = path.with_name(f".{uuid.uuid4().hex}{ending}")
     try:
-        nib.save(image, partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            nib.save(image, partial)
     except OSError as error:
-        message = (
-            f"cannot write {path} ({error.strerror or error}): choose a folder that exists, is writable and has space"
-        )
-        raise OSError(error.errno or errno.EIO, message) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        remedy = "choose a folder that is writable and has space"
+        raise OSError(error.errno or errno.EIO, f"cannot write {path} ({error.strerror or error}): {remedy}") from error
 
 
 def _source(meta: Mapping | None) -> Path | None:

@@ -21,7 +21,15 @@ from monai.data import load_decathlon_datalist
 
 import custom
 from custom import cohort
-from custom.cohort import Cohort, SubjectError, assign_folds, check_subject, find_subjects, subjects_from_names
+from custom.cohort import (
+    MODALITIES,
+    Cohort,
+    SubjectError,
+    assign_folds,
+    check_subject,
+    find_subjects,
+    subjects_from_names,
+)
 
 SHAPE = (16, 14, 12)
 LPS = np.diag([-1.0, -1.5, 2.0, 1.0])

@@ -71,5 +71,5 @@ def test_missing_fold_is_named(tmp_path):
 
 def test_folds_of_another_size_are_refused(tmp_path):
     write_folds(tmp_path)
-    with pytest.raises(CheckpointError, match="fold0.*another shape"):
+    with pytest.raises(CheckpointError, match=r"fold0.*another shape"):
         load_ensemble(CoMNeT(lambda: nn.Conv3d(4, 3, 3)), tmp_path)

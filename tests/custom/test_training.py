@@ -38,7 +38,9 @@ class Validator:
         trainer.add_event_handler(Events.EPOCH_COMPLETED, validate)
 
 
-def build(folder, epochs, scores=(0.1,) * 9, patience=9, stop_in_epoch=None, accumulation_steps=1, max_norm=1.0, seed=3):
+def build(
+    folder, epochs, scores=(0.1,) * 9, patience=9, stop_in_epoch=None, accumulation_steps=1, max_norm=1.0, seed=3
+):
     torch.manual_seed(7)
     network = nn.Conv3d(1, 1, 3, padding=1)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.05)
@@ -119,7 +121,7 @@ def test_early_stopping_counts_across_a_resume_and_stays_stopped(tmp_path):
 
 def test_best_checkpoint_survives_a_resume_with_worse_scores(tmp_path):
     scores = [0.2, 0.9, 0.3, 0.4]
-    trainer, network, _ = build(tmp_path, 4, scores, stop_in_epoch=3)
+    trainer, _, _ = build(tmp_path, 4, scores, stop_in_epoch=3)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     best = (tmp_path / "model.pt").read_bytes()
@@ -131,7 +133,7 @@ def test_best_checkpoint_survives_a_resume_with_worse_scores(tmp_path):
 
 def test_another_configuration_does_not_resume(tmp_path):
     weights_after(tmp_path, 1)
-    trainer, network, _ = build(tmp_path, 2)
+    trainer, _, _ = build(tmp_path, 2)
     handler = Resumer(str(tmp_path / "last.pt"), {"model": nn.Linear(2, 2)})
     with pytest.raises(CheckpointError, match=r"last.pt was written by another configuration.*--resume False"):
         handler.restore(trainer)

@@ -114,7 +114,7 @@ def augmented(name, kwargs, seed=1):
 
 @pytest.mark.parametrize(("name", "kwargs"), AUGMENTATIONS)
 def test_augmentation_keeps_labels_labels_and_affines_true(name, kwargs):
-    source, label, subject = augmented(name, kwargs)
+    source, _, subject = augmented(name, kwargs)
     assert not torch.equal(subject["image"].as_tensor(), source.as_tensor())
     assert subject["label"].dtype == torch.uint8 and set(subject["label"].unique().tolist()) <= {0, 1}
     assert torch.equal(subject["image"].affine, source.affine)

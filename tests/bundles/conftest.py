@@ -1,0 +1,34 @@
+"""Fixtures for tests that run whole bundles on small phantoms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from bundle_runs import GEOMETRY, TINY
+
+from custom.checkpoints import save_atomically
+from custom.mednext import mednext_tiny
+from custom.phantom import write_cohort
+from custom.weights import NUM_FOLDS, fold_checkpoint
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of six small labelled subjects in UTSW layout, some without ET."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_cohort(folder, 6, seed=3, **GEOMETRY)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of five untrained fold checkpoints that say what they are."""
+    folder = tmp_path_factory.mktemp("weights")
+    for fold in range(NUM_FOLDS):
+        torch.manual_seed(fold)
+        facts = {"backbone": TINY["backbone"], "spacing": TINY["spacing"], "num_folds": NUM_FOLDS, "notes": "untrained"}
+        facts |= {"fold": fold, "trained_on": [f"BT{100 + fold}"]}
+        save_atomically({"model": mednext_tiny().state_dict(), "provenance": facts}, fold_checkpoint(folder, fold))
+    return folder

@@ -1,0 +1,149 @@
+"""What the shipped configurations say, read from the files themselves."""
+
+from __future__ import annotations
+
+import json
+import pydoc
+import re
+from pathlib import Path
+
+import pytest
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle.config_item import ComponentLocator
+
+BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
+CONFIGS = sorted(BUNDLES.glob("*/configs/*.json"))
+TRAIN = BUNDLES / "comnet_mednext" / "configs" / "train.json"
+COMPLETE = [path for path in CONFIGS if path.name in ("train.json", "inference.json")]
+
+
+def name_of(path: Path) -> str:
+    return f"{path.parts[-3]}/{path.name}"
+
+
+def parser(*paths: Path, **overrides) -> ConfigParser:
+    config = ConfigParser()
+    config.read_config([str(path) for path in paths])
+    config.update({"bundle_root": str(paths[0].parents[1]), **overrides})
+    return config
+
+
+def targets(node: object) -> list[str]:
+    if isinstance(node, dict):
+        own = [node["_target_"]] if "_target_" in node else []
+        return own + [target for value in node.values() for target in targets(value)]
+    return [target for value in node for target in targets(value)] if isinstance(node, list) else []
+
+
+TABLE_1 = {
+    "backbone": "custom.mednext.mednext_base",
+    "network_def#in_channels": 4,
+    "network_def#out_channels": 3,
+    "patch_size": [128, 160, 112],
+    "learning_rate": 1e-4,
+    "weight_decay": 1e-5,
+    "batch_size": 1,
+    "accumulation_steps": 2,
+    "max_epochs": 150,
+    "patience": 30,
+    "num_folds": 5,
+    "warmup_epochs": 5,
+    "max_gradient_norm": 1.0,
+}
+
+
+@pytest.mark.parametrize(("key", "value"), TABLE_1.items())
+def test_defaults_are_table_1_and_section_3_3(key, value):
+    assert parser(TRAIN)[key] == value
+
+
+@pytest.fixture(scope="module")
+def built():
+    """Train.json with its own defaults, but a folder of its own and data that are not read."""
+    items = [{"subject": "a", "image": "a.nii.gz", "label": "b.nii.gz"}] * 3
+    data = {"train#dataset#data": items, "validate#dataset#data": items, "cohort": None}
+    config = parser(TRAIN, **data, ckpt_dir="/nonexistent")
+    config["validate#handlers"] = config["train#handlers"] = []
+    return config
+
+
+def test_the_named_values_reach_optimiser_schedule_loss_and_trainer(built):
+    optimizer = built.get_parsed_content("optimizer")
+    assert type(optimizer).__name__ == "AdamW"
+    assert optimizer.defaults["lr"] == 1e-4 and optimizer.defaults["weight_decay"] == 1e-5
+    scheduler = built.get_parsed_content("lr_scheduler")
+    factors = [scheduler.lr_lambda(epoch) for epoch in range(150)]
+    assert factors[:6] == sorted(factors[:6]) and factors[5] == 1.0 and factors[5:] == sorted(factors[5:], reverse=True)
+    assert 0 < factors[0] < 1 and factors[-1] < 0.01
+    trainer = built.get_parsed_content("train#trainer")
+    assert trainer.accumulation_steps == 2 and trainer.state.max_epochs == 150
+    assert type(trainer.loss_function).__name__ == "DeepSupervisionLoss"
+    assert len(trainer.network.out_blocks) == 4
+    assert sum(parameter.numel() for parameter in trainer.network.parameters()) == 10_562_799
+
+
+def test_augmentation_is_the_papers_list_and_no_more():
+    names = [step["name"] for step in parser(TRAIN)["train#random_transforms"] if "RandTorchIOd" in step["_target_"]]
+    assert names == ["RandomFlip", "RandomAffine", "RandomGamma", "RandomNoise", "RandomBlur"]
+
+
+def test_image_preprocessing_is_the_same_everywhere():
+    lists = [parser(path)["image_preprocessing"] for path in COMPLETE]
+    assert len(lists) >= 3 and all(steps == lists[0] for steps in lists)
+
+
+def test_output_settings_are_the_same_in_both_inference_configs():
+    ours, theirs = (json.loads(path.read_text()) for path in COMPLETE if path.name == "inference.json")
+    own = {"fold", "checkpoint", "weights_dir", "num_folds", "network_def", "ledger", "handlers"}
+    for key in (set(ours) | set(theirs)) - own:
+        assert ours[key] == theirs[key], key
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_targets_exist(path):
+    content = json.loads(path.read_text())
+    locator = ComponentLocator()
+    for target in targets(content):
+        if target.startswith("@"):
+            target = content[target[1:]]
+        name = locator.get_component_module_name(target)
+        assert pydoc.locate(f"{name}.{target}" if name else target) is not None, target
+        assert target.startswith(("monai.", "torch.", "custom.")) or name, target
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_every_component_of_ours_waits_for_the_path(path):
+    def check(node):
+        if isinstance(node, dict):
+            if str(node.get("_target_", "")).startswith("custom."):
+                assert node.get("_requires_") == "@path_setup", node["_target_"]
+            for value in node.values():
+                check(value)
+        elif isinstance(node, list):
+            for value in node:
+                check(value)
+
+    check(json.loads(path.read_text()))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_no_absolute_path(path):
+    assert not re.search(r'"(/|[A-Z]:\\|~)', path.read_text())
+
+
+def workflow(path: Path, kind: str, **overrides) -> ConfigWorkflow:
+    flow = ConfigWorkflow(str(path), workflow_type=kind, bundle_root=str(path.parents[1]), **overrides)
+    flow.initialize()
+    return flow
+
+
+def test_train_has_all_properties(tmp_path):
+    items = [{"image": "x.nii.gz", "label": "x.nii.gz"}]
+    data = {"train#dataset#data": items, "validate#dataset#data": items}
+    assert workflow(TRAIN, "train", **data, models_dir=str(tmp_path)).check_properties() == []
+
+
+@pytest.mark.parametrize("path", [path for path in COMPLETE if path.name == "inference.json"], ids=name_of)
+def test_inference_has_all_properties(path):
+    overrides = {"dataset#data": [{"image": "x.nii.gz"}], "backbone": "custom.mednext.mednext_tiny"}
+    assert workflow(path, "infer", **overrides).check_properties() == []

@@ -1,0 +1,114 @@
+"""comnet_mednext from its configs: training, stopping and going on, scoring, the baseline, several processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import pytest
+import torch
+from bundle_runs import BUNDLES, TINY, fails_with, run
+
+from custom.checkpoints import CheckpointError, read_checkpoint
+
+ROOT = BUNDLES / "comnet_mednext"
+
+
+def train(models: Path, phantoms: Path, *overlays: str, **overrides) -> Path:
+    settings = {"dataset_dir": str(phantoms), "models_dir": str(models), "num_folds": 3, "fold": 0} | TINY | overrides
+    run("comnet_mednext", "train.json", *overlays, **settings)
+    return models / "fold0"
+
+
+@pytest.fixture(scope="module")
+def trained(phantoms, tmp_path_factory) -> Path:
+    return train(tmp_path_factory.mktemp("trained"), phantoms)
+
+
+def command(models: Path, phantoms: Path, **overrides) -> list[str]:
+    settings = {"dataset_dir": phantoms, "models_dir": models, "num_folds": 3, "bundle_root": ROOT} | TINY | overrides
+    words = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(ROOT / "configs" / "train.json")]
+    return words + [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def test_training_leaves_best_last_datalist_and_events(trained, phantoms):
+    state, provenance = read_checkpoint(trained / "model.pt")
+    assert provenance["backbone"] == TINY["backbone"] and provenance["fold"] == 0
+    items = json.loads((trained / "datalist.json").read_text())["training"]
+    training = {Path(item["image"][0]).parent.name for item in items if item["fold"] != 0}
+    assert set(provenance["trained_on"]) == training and 0 < len(training) < 6
+    last = torch.load(trained / "last.pt", weights_only=True)
+    assert last["progress"]["epoch"] == 2
+    assert set(last["model"]) == set(state)
+    assert list((trained / "events").glob("events.*"))
+
+
+def test_killed_training_goes_on_to_the_same_result(trained, phantoms, tmp_path):
+    process = subprocess.Popen(command(tmp_path, phantoms), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    last, deadline = tmp_path / "fold0" / "last.pt", time.time() + 120
+    while not last.exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    stopped_after = torch.load(last, weights_only=True)["progress"]["epoch"]
+    resumed = train(tmp_path, phantoms)
+    ours, theirs = (torch.load(folder / "last.pt", weights_only=True) for folder in (resumed, trained))
+    assert stopped_after == 1, "the process was not killed in the middle"
+    assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in theirs["model"])
+    assert ours["best"] == theirs["best"]
+
+
+def test_evaluation_scores_the_held_out_fold_on_the_native_grid(trained, phantoms, tmp_path):
+    checkpoint = {"checkpoint": str(trained / "model.pt"), "dataset_dir": str(phantoms), "output_dir": str(tmp_path)}
+    settings = {key: TINY[key] for key in ("backbone", "spacing", "num_workers")} | checkpoint
+    run("comnet_mednext", "inference.json", "evaluate.json", **settings, **{"cohort#num_folds": 3})
+    with open(tmp_path / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    held_out = {item["subject"] for item in rows}
+    assert held_out and not held_out & set(read_checkpoint(trained / "model.pt")[1]["trained_on"])
+    for row in rows:
+        mask = nib.load(tmp_path / row["subject"] / f"{row['subject']}_seg.nii.gz")
+        reference = nib.load(phantoms / row["subject"] / "tumorseg_FeTS.nii.gz")
+        ours, theirs = mask.get_fdata() > 0, reference.get_fdata() > 0
+        expected = 2 * (ours & theirs).sum() / (ours.sum() + theirs.sum())
+        assert float(row["WT_dice"]) == pytest.approx(expected, abs=1e-6)
+    assert (tmp_path / "scores.html").is_file() and (tmp_path / "summary.csv").is_file()
+
+
+def test_a_checkpoint_of_another_size_is_refused(trained, phantoms, tmp_path):
+    settings = {"checkpoint": str(trained / "model.pt"), "dataset_dir": str(phantoms), "output_dir": str(tmp_path)}
+    overrides = {"backbone": "custom.mednext.mednext_small", "num_workers": 0}
+    with fails_with(CheckpointError, match=r"does not fit MedNeXt .*mednext_tiny.*another shape"):
+        run("comnet_mednext", "inference.json", **settings, **overrides)
+
+
+def test_other_settings_do_not_go_on_from_this_training(trained, phantoms):
+    with fails_with(CheckpointError, match=r"last.pt was written by another configuration"):
+        train(trained.parent, phantoms, backbone="custom.mednext.mednext_small", max_epochs=3)
+
+
+def test_segresnet_baseline_trains_under_the_same_settings(phantoms, tmp_path):
+    settings = {key: value for key, value in TINY.items() if key != "backbone"} | {"max_epochs": 1}
+    overrides = {"dataset_dir": str(phantoms), "models_dir": str(tmp_path), "num_folds": 3}
+    run("comnet_mednext", "train.json", "segresnet.json", **settings, **overrides)
+    assert read_checkpoint(tmp_path / "segresnet_fold0" / "model.pt")[1]["backbone"] == "monai.networks.nets.SegResNet"
+
+
+def test_two_processes_train_one_model(phantoms, tmp_path):
+    words = command(tmp_path, phantoms, max_epochs=1)[1:]
+    configs = [str(ROOT / "configs" / name) for name in ("train.json", "multi_gpu_train.json")]
+    words[words.index("--config_file") + 1] = str(configs)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(launcher + words, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    state, _ = read_checkpoint(tmp_path / "fold0" / "model.pt")
+    assert not any(key.startswith("module.") for key in state)
+    assert torch.load(tmp_path / "fold0" / "last.pt", weights_only=True)["progress"]["iteration"] == 2
