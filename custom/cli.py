@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ def run_bundle(name: str, *configs: str, run_id: str = "run", **overrides: Any) 
 
     root = bundle_root(name)
     files = [str(root / "configs" / config) for config in configs]
+    _refuse_unknown(overrides, files)
     overrides = {"bundle_root": str(root), **overrides}
     print(_as_command(run_id, files, overrides), file=sys.stderr, flush=True)
     monai.bundle.run(run_id=run_id, config_file=files, workflow_type=None, **overrides)
@@ -242,6 +245,16 @@ def _publish_weights(weights: Path, models: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint, target.with_suffix(".tmp"))
         os.replace(target.with_suffix(".tmp"), target)
+
+
+def _refuse_unknown(overrides: Mapping[str, Any], files: Sequence[str]) -> None:
+    """Refuse options that no config has, which MONAI would take in silence."""
+    known = {key.split("#")[0] for file in files for key in json.loads(Path(file).read_text(encoding="utf-8"))}
+    unknown = [key for key in overrides if key.split("#")[0] not in known]
+    if unknown:
+        close = get_close_matches(unknown[0], known, n=3)
+        advice = f"did you mean --{' or --'.join(close)}?" if close else f"options are the names in {files[0]}"
+        raise ValueError(f"unknown option --{unknown[0]}: {advice}")
 
 
 def _as_command(run_id: str, files: Sequence[str], overrides: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .blocks import Block, UpBlock
-from .checkpoints import MIC_DKFZ_NAMES, from_mic_dkfz
+from .mic_dkfz import MIC_DKFZ_NAMES, from_mic_dkfz
 from .network import MedNeXt, mednext_base, mednext_large, mednext_medium, mednext_small, mednext_tiny
 
 __all__ = [

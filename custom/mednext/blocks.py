@@ -118,7 +118,7 @@ class UpBlock(Block):
 
     def run(self, x: Tensor) -> Tensor:
         """Residual plus the mixed output of the transposed depthwise convolution."""
-        n, c, d, h, w = x.shape
+        n, _, d, h, w = x.shape
         weight, bias = self.res_conv.weight.flatten(1), self.res_conv.bias
         assert bias is not None
         z = self.mix(self.upsample(x), bias).permute(0, 2, 3, 4, 1)

@@ -73,7 +73,7 @@ def test_probabilities_are_on_the_same_grid_and_give_the_mask(segmented):
     stored = nib.load(segmented / "PIR" / "PIR_prob.nii.gz")
     probabilities = MetaTensor(np.moveaxis(stored.get_fdata(dtype=np.float32), -1, 0), affine=stored.affine)
     assert probabilities.shape == (3, *mask_of(segmented, "PIR").shape)
-    assert 0 <= probabilities.min() and probabilities.max() <= 1 and probabilities.std() > 0
+    assert probabilities.min() >= 0 and probabilities.max() <= 1 and probabilities.std() > 0
     expected = PostprocessRegions(palette="brats2023")(probabilities)[0]
     assert np.array_equal(expected, mask_of(segmented, "PIR").dataobj)
 

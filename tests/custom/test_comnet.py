@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from custom.checkpoints import CheckpointError, save_atomically
-from custom.comnet import CoMNeT, fold_checkpoint, load_ensemble, weight_files
+from custom.comnet import CoMNeT, load_ensemble
+from custom.weights import fold_checkpoint, weight_files
 
 
 def backbone():
