@@ -191,6 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     import fire
 
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[-1] in ("--help", "-h"):  # Fire alone would complain of missing arguments as well
+        arguments[-1:] = ["--", "--help"]
     try:
         fire.Fire({"demo": demo, "segment": segment, "validate": validate}, command=arguments, name="comnet")
     except KeyboardInterrupt:

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from custom import cli
+from custom.checkpoints import save_atomically
+from custom.mednext import mednext_tiny
+from custom.phantom import write_cohort
+from custom.weights import NUM_FOLDS, fold_checkpoint
+
+SPACING = [5.0, 5.0, 5.0]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dataset")
+    write_cohort(folder, 5, seed=1, shape=(32, 36, 32), spacing=SPACING)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    for fold in range(NUM_FOLDS):
+        torch.manual_seed(fold)
+        facts = {
+            "backbone": "custom.mednext.mednext_tiny",
+            "spacing": SPACING,
+            "num_folds": NUM_FOLDS,
+            "notes": "untrained",
+        }
+        save_atomically({"model": mednext_tiny().state_dict(), "provenance": facts}, fold_checkpoint(folder, fold))
+    return folder
+
+
+def comnet(*words, expect=None):
+    """Run the command in this process; return its exit code or message."""
+    try:
+        cli.main([str(word) for word in words])
+    except SystemExit as leave:
+        return leave.code
+    return 0
+
+
+def test_segment_takes_folders_and_says_which_bundle_run_it_is(dataset, weights, tmp_path, capsys):
+    assert (
+        comnet("segment", dataset / "BT0001", dataset / "BT0003", "--output_dir", tmp_path, "--weights", weights) == 0
+    )
+    assert {path.parent.name for path in tmp_path.glob("*/*_seg.nii.gz")} == {"BT0001", "BT0003"}
+    shown = capsys.readouterr().err
+    assert "python -m monai.bundle run --config_file" in shown and "--weights_dir" in shown
+    assert "weights: untrained" in shown
+
+
+def test_segment_takes_one_subject_by_four_files(dataset, weights, tmp_path):
+    for source, target in {"t1": "pre", "t1ce": "post", "t2": "wet", "flair": "dark"}.items():
+        shutil.copy(dataset / "BT0001" / f"brain_{source}.nii.gz", tmp_path / f"{target}.nii.gz")
+    files = {"t1n": "pre", "t1c": "post", "t2w": "wet", "flair": "dark"}
+    flags = [word for key, name in files.items() for word in (f"--{key}", tmp_path / f"{name}.nii.gz")]
+    assert comnet("segment", *flags, "--output_dir", tmp_path / "out", "--weights", weights, "--nopictures") == 0
+    by_files = next((tmp_path / "out").glob("*/*_seg.nii.gz"))
+    comnet("segment", dataset / "BT0001", "--output_dir", tmp_path / "folder", "--weights", weights, "--nopictures")
+    by_folder = tmp_path / "folder" / "BT0001" / "BT0001_seg.nii.gz"
+    assert np.array_equal(nib.load(by_files).dataobj, nib.load(by_folder).dataobj)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "nothing to segment"),
+        (["--t1n", "a.nii.gz", "--t2w", "b.nii.gz"], "--t1c, --flair missing"),
+        (["folder", "--t1n", "a.nii.gz"], "not both"),
+        (["nowhere"], "nowhere does not exist"),
+        (["nowhere", "--thresholdz", "[0.4,0.4,0.4]"], "unknown option --thresholdz: did you mean --thresholds"),
+    ],
+)
+def test_wrong_use_is_one_clear_line(words, message, weights, tmp_path):
+    told = comnet("segment", *words, "--output_dir", tmp_path / "out", "--weights", weights)
+    assert message in told and "\n" not in told
+
+
+def test_missing_weights_are_one_clear_line(dataset, tmp_path):
+    told = comnet("segment", dataset, "--output_dir", tmp_path / "out", "--weights", tmp_path / "none")
+    assert "no weights" in told and "comnet demo" in told
+
+
+def test_weights_cannot_name_any_other_code(dataset, tmp_path):
+    facts = {"backbone": "os.system", "spacing": SPACING, "num_folds": 1}
+    save_atomically({"model": {}, "provenance": facts}, tmp_path / "model.pt")
+    assert "'os.system'" in comnet("segment", dataset, "--output_dir", tmp_path / "out", "--weights", tmp_path)
+
+
+def test_validate_writes_datalist_and_exclusions(dataset, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    (data / "BT0002" / "brain_t1ce.nii.gz").unlink()
+    assert comnet("validate", data, "--output", tmp_path / "datalist.json", "--num_folds", 2) == 0
+    datalist = json.loads((tmp_path / "datalist.json").read_text())
+    assert [item["subject"] for item in datalist["training"]] == ["BT0001", "BT0003", "BT0004", "BT0005"]
+    assert "BT0002" in (tmp_path / "datalist_exclusions.csv").read_text()
+    assert "monai.bundle run check_data" in capsys.readouterr().err
+
+
+def test_demo_does_not_replace_weights_of_someone_else(weights, tmp_path, capsys):
+    models = tmp_path / "models"
+    cli._publish_weights(weights, models)
+    assert len(list(models.glob("fold*/model.pt"))) == NUM_FOLDS
+    before = fold_checkpoint(models, 0).read_bytes()
+    other = tmp_path / "other"
+    shutil.copytree(weights, other)
+    fold_checkpoint(other, 0).write_bytes(b"other")
+    cli._publish_weights(other, models)
+    assert fold_checkpoint(models, 0).read_bytes() == before
+    assert "left as they are" in capsys.readouterr().err
+
+
+def test_help_is_there():
+    result = subprocess.run([sys.executable, "-m", "custom.cli", "segment", "--help"], capture_output=True, text=True)
+    assert "output_dir" in result.stdout + result.stderr and result.returncode == 0
