@@ -39,7 +39,8 @@ def run_bundle(name: str, *configs: str, run_id: str = "run", **overrides: Any) 
     """
     import monai.bundle
 
-    logging.getLogger("monai.bundle").setLevel(logging.WARNING)
+    for chatty in ("monai.bundle.scripts", "monai.bundle.workflows"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="parsing config_file", category=UserWarning)  # our own configs
 
     root = bundle_root(name)

@@ -70,6 +70,11 @@ class SubjectEvaluator(SupervisedEvaluator):
         super().__init__(*args, **kwargs)
         self.add_event_handler(Events.STARTED, lambda engine: self.failures.clear())
 
+    def run(self) -> None:
+        """Infer on all subjects; where there are none, do nothing."""
+        if self.state.epoch_length:
+            super().run()
+
     def _iteration(self, engine: SupervisedEvaluator, batchdata: Mapping[str, Any]) -> Any:
         engine.state.subject = _first(batchdata.get(SUBJECT_KEY, engine.state.iteration))
         engine.state.failure = _first(batchdata.get(FAILURE_KEY))

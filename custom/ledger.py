@@ -20,7 +20,7 @@ from ignite.engine import Engine, Events
 from . import __version__
 from .checkpoints import CheckpointError
 from .cohort import REGIONS
-from .files import whole_file, write_text
+from .files import write_text
 from .metrics import score_subject, summarise
 from .report import region_volumes, write_qc_picture, write_scores_report, write_segment_report, write_volumes_csv
 from .transforms import label_map_to_regions
@@ -78,18 +78,22 @@ class Ledger:
         """What the weights are and what they were trained on."""
         return describe_weights(self.weights_path)
 
+    def open(self) -> Ledger:
+        """Make sure of weights and output folder, before any subject is read; return the ledger.
+
+        Raises:
+            OSError: the output folder cannot be made or written.
+            CheckpointError: there are no weights, or they do not belong together.
+        """
+        write_text(self.output_dir / "weights.txt", f"{self.weights.note}\nsha256 {self.weights.sha256}\n")
+        return self
+
     def pending(self, items: Sequence[Item]) -> list[Item]:
         """Return the subjects that still need work, in order.
 
         Args:
             items: dicts with ``subject``, ``image`` (paths in modality order) and, to be scored, ``label``.
-
-        Raises:
-            OSError: the output folder cannot be made or written.
-            CheckpointError: there are no weights.
         """
-        with whole_file(self.output_dir / "weights.txt") as file:
-            file.write_text(f"{self.weights.note}\nsha256 {self.weights.sha256}\n", encoding="utf-8")
         self.items = {str(item["subject"]): item for item in items}
         self.records = {name: record for name in self.items if (record := self._valid_record(name)) is not None}
         if self.records:
@@ -139,7 +143,7 @@ class Ledger:
         done = sum(record["status"] == "done" for record in records)
         logger.info("%d subjects segmented, %d failed or excluded; results in %s", done, len(failures), self.output_dir)
         for failure in failures:
-            logger.error("not segmented: %s: %s", failure["subject"], failure["reason"])
+            logger.error("not segmented: %s: %s %s", failure["subject"], failure["file"], failure["reason"])
         if failures or not done:
             raise SystemExit(EXIT_SOME_FAILED if done else EXIT_NONE_SEGMENTED)
 

@@ -111,8 +111,9 @@ class Cohort:
         unlabelled = [replace(subject, label=None, label_source=None) for subject in subjects]
         kept, faulty = check_subjects(unlabelled, self.num_workers, self.progress)
         self.exclusions = sorted([*nameless, *faulty], key=lambda exclusion: (exclusion.subject, exclusion.file))
-        if kept:
-            log_outcome(kept, self.exclusions, str(self.dataset_dir))
+        logger.info("%s: %d subjects to infer on, %d excluded", self.dataset_dir, len(kept), len(self.exclusions))
+        for exclusion in self.exclusions:
+            logger.warning("excluded: %s", exclusion)
         return [
             {"subject": subject.name, "image": list(subject.images), "warnings": facts["warnings"]}
             for subject, facts in kept

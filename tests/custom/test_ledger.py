@@ -58,6 +58,13 @@ def finish(ledger, name, failure=None, label=None):
     ledger._finish(engine)
 
 
+def test_an_output_folder_in_the_way_is_named_before_anything_is_read(ledger):
+    book = ledger()
+    book.output_dir.write_text("a file")
+    with pytest.raises(OSError, match=r"cannot write to .*out.*choose another folder"):
+        book.open()
+
+
 def table(ledger, name="volumes.csv"):
     with open(ledger.output_dir / name, newline="") as file:
         return {row["subject"]: row for row in csv.DictReader(file)}
