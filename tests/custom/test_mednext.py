@@ -301,7 +301,7 @@ def test_onnx_with_dynamic_shapes(tmp_path):
 def test_onnx_through_monai():
     pytest.importorskip("onnxruntime")
     network = mednext_tiny().eval()
-    convert_to_onnx(network, [images()], opset_version=18, verify=True, use_ort=True, rtol=1e-3)
+    convert_to_onnx(network, [images()], opset_version=18, verify=True, use_ort=True, rtol=1e-3, atol=1e-4)
 
 
 def test_bfloat16_autocast_is_close():
