@@ -25,17 +25,18 @@ def dice_bars(scores: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(8, 4.2), dpi=130, layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(models)
+    several = has_several_folds(scores)
     for index, model in enumerate(models):
         values = fold_means(scores, model)
         means, deviations = np.array([spread(values[column]) for column in COLUMNS]).T
         centres = np.arange(len(COLUMNS)) + (index - (len(models) - 1) / 2) * width
         colour = MODEL_COLOURS[index % len(MODEL_COLOURS)]
-        errors = {"yerr": np.nan_to_num(deviations), "capsize": 4, "ecolor": INK}
+        errors = {"yerr": deviations, "capsize": 4, "ecolor": INK} if several else {}
         bars = axes.bar(centres, np.nan_to_num(means), 0.92 * width, color=colour, label=model, **errors)
         labels = ["–" if np.isnan(mean) else f"{mean:.3f}" for mean in means]
         axes.bar_label(bars, labels, padding=2, color=INK, fontsize=8)
     axes.set_xticks(range(len(COLUMNS)), COLUMNS)
-    _finish(axes, "Dice, mean ± sd")
+    _finish(axes, "Dice, mean ± sd over folds" if several else "Dice")
     axes.set_ylim(0, 1.08)
     figure.legend(loc="outside upper center", ncols=min(len(models), 4), frameon=False)
     return figure
@@ -61,6 +62,11 @@ def fold_strip(scores: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xlim(-0.6, len(models) - 0.4)
     _finish(axes, "average Dice of the fold")
     return figure
+
+
+def has_several_folds(scores: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any model was scored on more than one fold, so that a spread over folds exists."""
+    return len({(score["model"], str(score["fold"])) for score in scores}) > len(models_of(scores))
 
 
 def _finish(axes: Axes, label: str) -> None:

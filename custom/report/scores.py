@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..cohort import REGIONS
-from .charts import dice_bars, fold_strip
+from .charts import dice_bars, fold_strip, has_several_folds
 from .page import RESEARCH_USE, Html, banner, cards, join, picture, section, table, text, weights_line, write_page
 from .summary import BRATS, COLUMNS, SKIP, dice_of, models_of, summarise_scores
 
@@ -101,11 +101,15 @@ def _charts(scores: Sequence[Mapping[str, Any]]) -> list[Html]:
         f"{model}: " + ", ".join(f"{column} {row[column][0]:.3f}" for column in COLUMNS)
         for model, row in summary.items()
     )
-    bars = picture(dice_bars(scores), f"Bar chart of mean Dice. {spoken}.", "Dice by region, empty regions skipped.")
+    region_bars = picture(
+        dice_bars(scores), f"Bar chart of mean Dice. {spoken}.", "Dice by region, empty regions skipped."
+    )
+    if not has_several_folds(scores):
+        return [region_bars]
     strip = picture(
         fold_strip(scores), "Average Dice of every fold by model.", "Average Dice by fold; bars are mean ± sd."
     )
-    return [bars, strip]
+    return [region_bars, strip]
 
 
 def _subject_table(scores: Sequence[Mapping[str, Any]]) -> Html:
