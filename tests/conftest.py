@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,3 +19,25 @@ def real_data() -> Path:
     if not (data / "brats2021").is_dir():
         pytest.skip(f"real data not found at {data}: set COMNET_REAL_DATA")
     return data
+
+
+LOGGERS = [logging.getLogger(name) for name in (None, "comnet", "ignite")]
+PRISTINE = [(logger, logger.level, logger.propagate) for logger in LOGGERS]
+
+
+@pytest.fixture(autouse=True)
+def _pristine_logging() -> Iterator[None]:
+    """Undo what a bundle's logging.conf changes for the whole process, fixtures of wider scope included."""
+    _restore_logging()
+    yield
+    _restore_logging()
+
+
+def _restore_logging() -> None:
+    for logger, level, propagate in PRISTINE:
+        logger.setLevel(level)
+        logger.propagate = propagate
+    for logger in LOGGERS[1:]:
+        logger.handlers.clear()
+    for name in logging.root.manager.loggerDict:
+        logging.getLogger(name).disabled = False

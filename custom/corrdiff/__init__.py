@@ -1,0 +1,21 @@
+"""CorrDiff: latent diffusion of the coarse segmentation's residual, and the gate that adds it to the coarse logits."""
+
+from .corrector import STAGES, CorrDiff, Refinement, TrainingOutputs
+from .denoiser import ConditionEncoder, Denoiser
+from .diffusion import LatentDiffusion, LatentScale, reverse_timesteps
+from .inputs import binary_entropy, brain_mask, condition
+
+__all__ = [
+    "STAGES",
+    "ConditionEncoder",
+    "CorrDiff",
+    "Denoiser",
+    "LatentDiffusion",
+    "LatentScale",
+    "Refinement",
+    "TrainingOutputs",
+    "binary_entropy",
+    "brain_mask",
+    "condition",
+    "reverse_timesteps",
+]

@@ -1,0 +1,139 @@
+"""Noise schedule, forward process and a respaced sampler (Ho et al. 2020; Song et al. 2021, DDIM).
+
+MONAI's schedule and `add_noise` are used; its samplers are not. With fewer steps than in training, MONAI's DDPM still
+steps to t - 1, and its DDIM takes timesteps from a linspace: an oracle that knows the noise of N(0.5, 0.2²) comes back
+from the first as mean 0.20, sd 0.69.
+"""
+
+from __future__ import annotations
+
+import torch
+from monai.networks.schedulers import DDPMScheduler
+from torch import Tensor, nn
+
+LINEAR_BETAS = {"beta_start": 5e-4, "beta_end": 0.1}
+
+
+class LatentDiffusion(nn.Module):
+    """Diffusion of a latent of about unit variance.
+
+    The default schedule ends at ᾱ = 3e-5. A cosine schedule ends at 6e-8, and its first reverse step then multiplies
+    whatever the denoiser gets wrong by 250, where the linear one multiplies it by 1.5: with no clipping, a bias of 1 %
+    of the noise moved samples of N(0, 1) by -2.4 against -0.06.
+
+    Args:
+        denoiser: predicts noise, called as `denoiser(noisy, timesteps, guide)`; says its `latent_channels`.
+        num_train_timesteps: steps of the forward process (Table 1: 200).
+        num_steps: reverse steps (Table 1: 25); must divide `num_train_timesteps`.
+        schedule: name in MONAI's `NoiseSchedules`.
+        schedule_args: its arguments; 5e-4 to 0.1 for "linear_beta" if not given.
+        eta: 0 for DDIM, 1 for DDPM respaced to `num_steps`.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        num_train_timesteps: int = 200,
+        num_steps: int = 25,
+        schedule: str = "linear_beta",
+        schedule_args: dict[str, float] | None = None,
+        eta: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if schedule_args is None:
+            schedule_args = LINEAR_BETAS if schedule == "linear_beta" else {}
+        self.denoiser = denoiser
+        self.latent_channels = int(denoiser.latent_channels)
+        self.scheduler = DDPMScheduler(num_train_timesteps, schedule, clip_sample=False, **schedule_args)
+        self.num_train_timesteps = num_train_timesteps
+        self.timesteps = reverse_timesteps(num_train_timesteps, num_steps)
+        self.signal: list[float] = self.scheduler.alphas_cumprod.double().tolist()
+        self.eta = eta
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noise `clean` `[B, C, *latent]` to `timesteps` `[B]`."""
+        return self.scheduler.add_noise(clean, noise, timesteps)
+
+    def signal_at(self, timesteps: Tensor) -> Tensor:
+        """ᾱ at `timesteps` `[B]`, as `[B]`."""
+        return torch.tensor(self.signal, dtype=torch.float32, device=timesteps.device)[timesteps]
+
+    def clean(self, noisy: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Remove a predicted `noise` from `noisy`, both `[B, C, *latent]`, at `timesteps` `[B]`."""
+        signal = self.signal_at(timesteps).view(-1, 1, 1, 1, 1)
+        return (noisy - (1 - signal).sqrt() * noise) / signal.sqrt()
+
+    def sample(self, guide: Tensor, generator: torch.Generator) -> Tensor:
+        """Run the reverse process.
+
+        All subjects of a batch get the same noise, drawn on the CPU: a subject's sample depends neither on the others
+        nor on the device.
+
+        Args:
+            guide: encoded conditioning `[B, G, *latent]`.
+            generator: of the CPU; the global generator is not touched.
+
+        Returns:
+            `[B, C, *latent]`, float32.
+        """
+        shape = [1, self.latent_channels, guide.shape[2], guide.shape[3], guide.shape[4]]
+        x = torch.randn(shape, generator=generator).to(guide.device).expand(guide.shape[0], -1, -1, -1, -1)
+        for i, t in enumerate(self.timesteps):
+            noise = self.denoiser(x, torch.full([guide.shape[0]], t, device=guide.device), guide).float()
+            before = self.signal[t]
+            after = self.signal[self.timesteps[i + 1]] if i + 1 < len(self.timesteps) else 1.0
+            spread = self.eta * ((1 - after) / (1 - before) * (1 - before / after)) ** 0.5
+            clean = (x - (1 - before) ** 0.5 * noise) / before**0.5
+            x = after**0.5 * clean + max(1 - after - spread**2, 0.0) ** 0.5 * noise
+            if spread > 0:
+                x = x + spread * torch.randn(shape, generator=generator).to(guide.device)
+        return x
+
+
+class LatentScale(nn.Module):
+    """Running mean and variance of each latent channel, to diffuse at zero mean and unit variance.
+
+    Args:
+        channels: channels of the latent.
+        momentum: weight of a new batch.
+    """
+
+    def __init__(self, channels: int = 8, momentum: float = 0.02) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(1, channels, 1, 1, 1))
+        self.register_buffer("square", torch.ones(1, channels, 1, 1, 1))
+        self.register_buffer("measured", torch.tensor(False))
+
+    def update(self, latent: Tensor) -> None:
+        """Take `latent` `[B, C, *latent]` into account; the first one counts in full."""
+        momentum = self.momentum if bool(self.measured) else 1.0
+        latent = latent.detach().float()
+        self.mean.lerp_(latent.mean((0, 2, 3, 4), keepdim=True), momentum)
+        self.square.lerp_(latent.square().mean((0, 2, 3, 4), keepdim=True), momentum)
+        self.measured.fill_(True)
+
+    def deviation(self) -> Tensor:
+        """Standard deviation `[1, C, 1, 1, 1]`, held above 1e-3."""
+        return (self.square - self.mean.square()).clamp_min(1e-6).sqrt()
+
+    def normalise(self, latent: Tensor) -> Tensor:
+        """Bring `latent` to zero mean and unit variance."""
+        return (latent - self.mean) / self.deviation()
+
+    def restore(self, latent: Tensor) -> Tensor:
+        """Undo :meth:`normalise`."""
+        return latent * self.deviation() + self.mean
+
+
+def reverse_timesteps(num_train_timesteps: int, num_steps: int) -> list[int]:
+    """Evenly spaced timesteps from the last one downwards: 199, 191, ... 7 for 25 of 200.
+
+    Raises:
+        ValueError: the steps are not evenly spaced.
+    """
+    if num_steps < 1 or num_train_timesteps % num_steps:
+        raise ValueError(
+            f"{num_steps} reverse steps do not divide {num_train_timesteps} training timesteps: choose a divisor"
+        )
+    return list(range(num_train_timesteps - 1, -1, -(num_train_timesteps // num_steps)))
