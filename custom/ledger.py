@@ -40,7 +40,8 @@ class Ledger:
     For each subject the folder holds ``<subject>/<subject>_seg.nii.gz``, a QC picture and ``record.json``; the record
     is written last, so a subject counts as done only when everything of it is there. A subject is done again when its
     files, the weights or the settings have changed. ``volumes.csv`` and ``report.html``, and for labelled subjects
-    ``scores.csv``, ``summary.csv`` and ``scores.html``, are made anew from the records at the end of every run.
+    ``scores.csv``, ``summary.csv`` and ``scores.html``, are made anew from the records at the end of every run; results
+    that earlier runs have left in the folder stay in them.
 
     Args:
         output_dir: folder of all outputs; made if absent.
@@ -130,6 +131,7 @@ class Ledger:
         Raises:
             SystemExit: with 3 when some subjects failed or were excluded, with 4 when none could be segmented.
         """
+        self.records = self._earlier_records() | self.records
         records = [self.records[name] for name in sorted(self.records)]
         failures = self._failures(records)
         rows = [_volume_row(record) for record in records]
@@ -140,7 +142,7 @@ class Ledger:
         if self.pictures:
             settings = self.settings | {"weights": str(self.weights_path), "weights_note": self.weights.note}
             write_segment_report(self.output_dir / "report.html", rows, failures, self._pictures(), settings)
-        done = sum(record["status"] == "done" for record in records)
+        done = sum(record["status"] == "done" for record in records if record["subject"] in self.items)
         logger.info("%d subjects segmented, %d failed or excluded; results in %s", done, len(failures), self.output_dir)
         for failure in failures:
             logger.error("not segmented: %s: %s %s", failure["subject"], failure["file"], failure["reason"])
@@ -210,12 +212,21 @@ class Ledger:
             write_scores_report(page, scores, self._pictures(), weights_note=self.weights.note, settings=self.settings)
 
     def _valid_record(self, name: str) -> dict[str, Any] | None:
+        record = self._read_record(name)
+        return record if record is not None and record.get("key") == self._key(name) else None
+
+    def _earlier_records(self) -> dict[str, dict[str, Any]]:
+        """Records of other subjects that earlier runs have left whole in this folder."""
+        names = [path.parent.name for path in self.output_dir.glob(f"*/{RECORD_NAME}")]
+        found = {name: self._read_record(name) for name in names}
+        return {name: record for name, record in found.items() if record is not None}
+
+    def _read_record(self, name: str) -> dict[str, Any] | None:
         try:
             record = json.loads(self._path(name, RECORD_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        whole = self._path(name, f"{name}_seg.nii.gz").is_file()
-        return record if whole and record.get("key") == self._key(name) else None
+        return record if self._path(name, f"{name}_seg.nii.gz").is_file() else None
 
     def _key(self, name: str) -> str:
         """Digest of all that the result of a subject depends on."""

@@ -91,6 +91,18 @@ def test_done_subjects_are_not_pending_in_a_later_run(ledger, items):
     assert set(table(second)) == {"a", "b"}
 
 
+def test_results_of_earlier_runs_stay_in_the_tables(ledger, items):
+    first = ledger()
+    first.pending(items[:1])
+    finish(first, "a")
+    first.close()
+    second = ledger()
+    second.pending(items[1:])
+    finish(second, "b")
+    second.close()
+    assert set(table(second)) == {"a", "b"}
+
+
 def changed_settings(items, make):
     return make(SETTINGS | {"thresholds": [0.4, 0.5, 0.5]})
 
