@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+SPIN_COUNT = "1000"
 PHANTOM_NOTE = "DEMO WEIGHTS: trained on synthetic phantoms only, meaningless on patients"
 TRUSTED_BACKBONES = ("custom.mednext.", "monai.networks.nets.")
 MODALITY_FLAGS = ("t1n", "t1c", "t2w", "flair")
@@ -188,7 +189,7 @@ def demo(output_dir: str = "runs/demo", seed: int = 0, num_subjects: int = 10, n
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `comnet`."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when PyTorch is first imported
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     import fire
 

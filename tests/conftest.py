@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before PyTorch: threads that wait must not starve other processes
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
