@@ -7,6 +7,7 @@ on odd sizes. Its residual block with a timestep embedding serves here; attentio
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -77,12 +78,14 @@ class Denoiser(nn.Module):
         self.divisor = 2 ** (len(channels) - 1)
         self.embed = nn.Sequential(nn.Linear(first, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.start = nn.Conv3d(latent_channels + guide_channels, first, 3, padding=1)
-        pairs = list(zip(channels[:-1], channels[1:], strict=True))
+        pairs = list(itertools.pairwise(channels))
         self.down = nn.ModuleList([Stage(nn.Identity(), first, first, embedding)])
         self.down.extend(Stage(nn.Conv3d(a, a, 3, 2, 1), a, b, embedding) for a, b in pairs)
         self.middle = residual_block(last, last, embedding)
         self.up = nn.ModuleList(Stage(upsampling(b), b + a, a, embedding) for a, b in reversed(pairs))
-        self.end = nn.Sequential(nn.GroupNorm(NUM_GROUPS, first), nn.SiLU(), zeroed(nn.Conv3d(first, latent_channels, 3, padding=1)))
+        self.end = nn.Sequential(
+            nn.GroupNorm(NUM_GROUPS, first), nn.SiLU(), zeroed(nn.Conv3d(first, latent_channels, 3, padding=1))
+        )
 
     def forward(self, noisy: Tensor, timesteps: Tensor, guide: Tensor) -> Tensor:
         """Predict the noise in `noisy` `[B, C, *latent]` at `timesteps` `[B]`, given `guide` `[B, G, *latent]`."""
