@@ -46,7 +46,7 @@ class Codebook(nn.Module):
         num_codes: size of the codebook.
         dim: channels of a latent vector.
         decay: of the running means; 0.9 averages over about ten batches. 0.99 lagged behind the encoder and used fewer
-            codes (27 against 56 on real residuals).
+            codes (a perplexity of 22 against 57 over 500 steps on real residuals).
         commitment: weight of the commitment term within L_vq; λ_vq scales the whole.
         restart_below: running number of vectors a batch under which a code restarts.
         eps: Laplace smoothing of cluster sizes, in vectors.
