@@ -62,7 +62,7 @@ class SubjectEvaluator(SupervisedEvaluator):
 
     After a subject, ``engine.state.failure`` is ``None`` or the reason why it failed, and ``engine.state.subject`` its
     name. ``failures`` collects them. Failures in reading, in the network and in postprocessing (writing included) are
-    all caught; interruption and running out of patience (Ctrl-C, SIGTERM) are not.
+    all caught; an interruption (Ctrl-C) is not.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
