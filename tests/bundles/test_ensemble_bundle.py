@@ -165,3 +165,18 @@ def test_an_output_folder_in_the_way_is_named(phantoms, weights, tmp_path):
     (tmp_path / "out").write_text("a file")
     with fails_with(OSError, match=r"cannot write to .*out"):
         segment(phantoms, weights, tmp_path / "out")
+
+
+def test_real_subjects_come_back_on_their_own_grid(real_data, weights, tmp_path):
+    for subject in ("BraTS2021_00006", "BraTS2021_01480"):
+        segment(real_data / "brats2021" / subject, weights, tmp_path, write_pictures=False)
+        mask = mask_of(tmp_path, subject)
+        image = nib.load(real_data / "brats2021" / subject / f"{subject}_t1ce.nii.gz")
+        assert mask.shape == image.shape == (240, 240, 155)
+        assert np.array_equal(mask.affine, image.affine)
+        box = tuple(slice(max(i.min() - 6, 0), i.max() + 7) for i in np.nonzero(np.asarray(image.dataobj)))
+        labels = np.array(mask.dataobj)
+        assert labels[box].any() and set(np.unique(labels)) <= {0, 1, 2, 3}
+        labels[box] = 0
+        assert not labels.any()
+    assert set(rows(tmp_path)) == {"BraTS2021_00006", "BraTS2021_01480"}
