@@ -105,6 +105,46 @@ class CheckModalitiesd(MapTransform):
         return dict(data)
 
 
+class KeepBraind(MapTransform):
+    """Remember where the brain is on the input's own grid: voxels that are nonzero in any modality.
+
+    Args:
+        keys: one image, ``[4, *spatial]``, as loaded.
+        brain_key: item that receives the mask, ``[1, *spatial]`` uint8.
+    """
+
+    def __init__(self, keys: KeysCollection, brain_key: str = "brain") -> None:
+        super().__init__(keys)
+        self.brain_key = brain_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return ``data`` with the brain's mask beside the image."""
+        subject = dict(data)
+        for key in self.key_iterator(subject):
+            subject[self.brain_key] = nonzero_voxels(_plain(subject[key])).any(0, keepdim=True).to(torch.uint8)
+        return subject
+
+
+class MaskToBraind(MapTransform):
+    """Set probabilities outside the brain to zero; the truth of the 11 BraTS subjects we measured has no voxel there.
+
+    Args:
+        keys: probabilities on the input's own grid, ``[3, *spatial]``.
+        brain_key: mask from :class:`KeepBraind`, on the same grid.
+    """
+
+    def __init__(self, keys: KeysCollection, brain_key: str = "brain") -> None:
+        super().__init__(keys)
+        self.brain_key = brain_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return ``data`` with the keys masked."""
+        subject = dict(data)
+        for key in self.key_iterator(subject):
+            subject[key] = subject[key] * subject[self.brain_key].to(subject[key].device)
+        return subject
+
+
 class ResampleToSpacingd(MapTransform, InvertibleTransform):
     """Resample to a spacing in mm, only where the input is not already there; invertible.
 

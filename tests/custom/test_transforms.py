@@ -8,8 +8,10 @@ from monai.transforms import Compose, CropForegroundd, Invertd, NormalizeIntensi
 
 from custom.transforms import (
     CheckModalitiesd,
+    KeepBraind,
     KeepSubjectNamed,
     LabelMapToRegionsd,
+    MaskToBraind,
     RandTorchIOd,
     ResampleToSpacingd,
     label_map_to_regions,
@@ -56,6 +58,16 @@ def test_zscore_over_nonzero_voxels_is_equation_1():
 
 def test_negative_intensities_are_foreground():
     assert nonzero_voxels(torch.tensor([-1.0, 0.0, 2.0])).tolist() == [True, False, True]
+
+
+def test_probabilities_end_where_the_brain_ends():
+    source = image()
+    source[1:, 4:8] = 0
+    kept = KeepBraind("image")({"image": source})
+    masked = MaskToBraind("pred")(kept | {"pred": torch.full((3, 20, 24, 18), 0.7)})["pred"]
+    assert kept["brain"].shape == (1, 20, 24, 18)
+    assert torch.equal(masked > 0, (source.as_tensor() != 0).any(0).expand(3, -1, -1, -1))
+    assert masked.max() == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8, 8), (4, 8, 8), (1, 8, 8, 8)])
