@@ -17,7 +17,6 @@ from typing import Any
 SPIN_COUNT = "1000"
 PHANTOM_NOTE = "DEMO WEIGHTS: trained on synthetic phantoms only, meaningless on patients"
 TRUSTED_BACKBONES = ("custom.mednext.", "monai.networks.nets.")
-MODALITY_FLAGS = ("t1n", "t1c", "t2w", "flair")
 
 
 def bundle_root(name: str) -> Path:
@@ -208,11 +207,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _dataset(inputs: Sequence[str], files: dict[str, str | None]) -> Any:
+    from .cohort import MODALITIES
+
     given = {key: path for key, path in files.items() if path is not None}
     if inputs and given:
         raise ValueError("give either folders, or one subject by --t1n --t1c --t2w --flair, not both")
     if given:
-        missing = [f"--{key}" for key in MODALITY_FLAGS if key not in given]
+        missing = [f"--{key}" for key in MODALITIES if key not in given]
         if missing:
             raise ValueError(f"one subject needs four files: {', '.join(missing)} missing")
         return given
@@ -238,6 +239,7 @@ def _ensemble_settings(weights: str) -> dict[str, Any]:
 
 def _publish_weights(weights: Path, models: Path) -> None:
     """Make the demo's weights the default of `comnet segment`, unless other weights are there already."""
+    from .files import whole_file
     from .weights import describe_weights
 
     if any(models.glob("*.pt")) or (
@@ -246,10 +248,8 @@ def _publish_weights(weights: Path, models: Path) -> None:
         print(f"{models} holds other weights: left as they are", file=sys.stderr)
         return
     for checkpoint in sorted(weights.glob("fold*/model.pt")):
-        target = models / checkpoint.parent.name / checkpoint.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint, target.with_suffix(".tmp"))
-        os.replace(target.with_suffix(".tmp"), target)
+        with whole_file(models / checkpoint.parent.name / checkpoint.name) as target:
+            shutil.copyfile(checkpoint, target)
 
 
 def _refuse_unknown(overrides: Mapping[str, Any], files: Sequence[str]) -> None:
@@ -272,11 +272,9 @@ def _as_command(run_id: str, files: Sequence[str], overrides: dict[str, Any]) ->
 
 def _known_reason(error: BaseException) -> str | None:
     """Find, in a chain of errors, the one that is about the user's input; ``None`` if it is a fault of ours."""
-    from .checkpoints import CheckpointError
-
     found: BaseException | None = error
     while found is not None:
-        if isinstance(found, (CheckpointError, OSError)) or type(found) is ValueError or _is_ours(found):
+        if isinstance(found, OSError) or type(found) is ValueError or _is_ours(found):
             return str(found)
         found = found.__cause__ or found.__context__
     return None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import logging
 import os
@@ -20,7 +18,7 @@ from ignite.engine import Engine, Events
 from . import __version__
 from .checkpoints import CheckpointError
 from .cohort import REGIONS
-from .files import write_text
+from .files import write_table, write_text
 from .metrics import score_subject, summarise
 from .report import region_volumes, write_qc_picture, write_scores_report, write_segment_report, write_volumes_csv
 from .transforms import label_map_to_regions
@@ -204,9 +202,9 @@ class Ledger:
         return {name: path for name, path in paths.items() if path.is_file() and self.records[name]["status"] == "done"}
 
     def _write_scores(self, scores: Sequence[Mapping[str, Any]]) -> None:
-        _write_table(self.output_dir / "scores.csv", scores)
+        write_table(self.output_dir / "scores.csv", list(scores[0]), scores)
         summary = [{"score": name, **figures} for name, figures in summarise(scores).items() if name != "fold"]
-        _write_table(self.output_dir / "summary.csv", summary)
+        write_table(self.output_dir / "summary.csv", list(summary[0]), summary)
         if self.pictures:
             page = self.output_dir / "scores.html"
             write_scores_report(page, scores, self._pictures(), weights_note=self.weights.note, settings=self.settings)
@@ -267,11 +265,3 @@ def _volume_row(record: Mapping[str, Any]) -> dict[str, Any]:
         "warnings": record.get("warnings") or [record[key] for key in ("reason",) if key in record],
         "weights": record["weights"],
     }
-
-
-def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())

@@ -14,7 +14,7 @@ from monai.transforms import MapTransform, RandomizableTransform, Spacing, Spati
 from monai.transforms.inverse import InvertibleTransform
 from monai.utils import TraceKeys, ensure_tuple
 
-from .cohort import MODALITIES, PALETTES, REGION_TISSUES, REGIONS
+from .cohort import MODALITIES, REGION_TISSUES, REGIONS, palette_values
 
 DEFAULT_PALETTE = "brats2021"
 
@@ -40,9 +40,7 @@ def label_map_to_regions(label_map: torch.Tensor, palette: str = DEFAULT_PALETTE
     Raises:
         ValueError: the palette has no such name.
     """
-    if palette not in PALETTES:
-        raise ValueError(f"unknown palette {palette!r}: choose one of {', '.join(PALETTES)}")
-    values = PALETTES[palette]
+    values = palette_values(palette)
     labels = label_map[0] if label_map.ndim == 4 else label_map
     tissues = [[values[tissue] for tissue in REGION_TISSUES[region]] for region in REGIONS]
     return torch.stack([torch.isin(labels, labels.new_tensor(numbers)) for numbers in tissues]).to(torch.uint8)
@@ -121,7 +119,7 @@ class KeepBraind(MapTransform):
         """Return ``data`` with the brain's mask beside the image."""
         subject = dict(data)
         for key in self.key_iterator(subject):
-            subject[self.brain_key] = nonzero_voxels(_plain(subject[key])).any(0, keepdim=True).to(torch.uint8)
+            subject[self.brain_key] = _brain(_plain(subject[key])).to(torch.uint8)
         return subject
 
 
@@ -225,7 +223,7 @@ class RandTorchIOd(RandomizableTransform, MapTransform):
         for key in self.keys:
             subject[key] = _like(changed[key].data, subject[key])
         for key in self.images if not self._moves_voxels else ():
-            subject[key] = _keep_background(subject[key], data[key])
+            subject[key] = subject[key] * _brain(data[key])
         return subject
 
     @property
@@ -254,8 +252,8 @@ def _like(values: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _keep_background(changed: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-    return changed * (original != 0).any(dim=0, keepdim=True)
+def _brain(image: torch.Tensor) -> torch.Tensor:
+    return nonzero_voxels(image).any(dim=0, keepdim=True)
 
 
 class KeepSubjectNamed(MapTransform):
@@ -280,7 +278,7 @@ class KeepSubjectNamed(MapTransform):
         return subject
 
 
-def subject_name(meta: Mapping[str, Any], transform: Transform | None = None) -> str:
+def subject_name(meta: Mapping[str, Any]) -> str:
     """Name the subject of an image: its own ``subject`` entry, else the name of its file without extension."""
     if meta.get("subject"):
         return str(meta["subject"])

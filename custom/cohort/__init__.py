@@ -8,7 +8,7 @@ from .datalist import build_datalist, exclusions_file, load_datalist, write_data
 from .discovery import find_subjects, subject_from_files
 from .folds import assign_folds
 from .layouts import LAYOUTS, subjects_from_names
-from .subject import MODALITIES, PALETTES, REGION_TISSUES, REGIONS, Exclusion, Subject, SubjectError
+from .subject import MODALITIES, PALETTES, REGION_TISSUES, REGIONS, Exclusion, Subject, SubjectError, palette_values
 
 __all__ = [
     "LAYOUTS",
@@ -26,6 +26,7 @@ __all__ = [
     "exclusions_file",
     "find_subjects",
     "load_datalist",
+    "palette_values",
     "subject_from_files",
     "subjects_from_names",
     "write_datalist",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections import Counter
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..files import write_text
+from ..files import write_table, write_text
 from .checking import check_subjects, log_outcome
 from .discovery import DatasetDir, PathLike, base_folder, find_subjects
 from .folds import assign_folds
@@ -85,11 +83,8 @@ def write_datalist(datalist: dict[str, Any], exclusions: Iterable[Exclusion], da
         Path of the exclusion report.
     """
     path = Path(datalist_file)
-    table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, [field.name for field in fields(Exclusion)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(exclusion) for exclusion in exclusions)
-    write_text(exclusions_file(path), table.getvalue())
+    columns = [field.name for field in fields(Exclusion)]
+    write_table(exclusions_file(path), columns, (asdict(exclusion) for exclusion in exclusions))
     write_text(path, json.dumps(datalist, indent=1) + "\n")
     return exclusions_file(path)
 

@@ -20,6 +20,17 @@ REGION_TISSUES: dict[str, tuple[str, ...]] = {
 _TIME_POINT = re.compile(r"-\d{3}$")
 
 
+def palette_values(palette: str) -> dict[str, int]:
+    """Return the label of each tissue in a palette.
+
+    Raises:
+        ValueError: the palette has no such name.
+    """
+    if palette not in PALETTES:
+        raise ValueError(f"unknown palette {palette!r}: choose one of {', '.join(PALETTES)}")
+    return PALETTES[palette]
+
+
 class SubjectError(ValueError):
     """What is wrong with one subject, in which file, and what to do about it; `str()` is one line with all four."""
 

@@ -22,7 +22,7 @@ from monai.transforms.utils import generate_spatial_bounding_box
 from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 from scipy import ndimage
 
-from ..cohort import PALETTES, REGIONS
+from ..cohort import REGIONS, palette_values
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def regions_to_label_map(regions: np.ndarray, palette: str = "brats2023") -> np.
     Raises:
         ValueError: the palette has no such name.
     """
-    values = _palette(palette)
+    values = palette_values(palette)
     label_map = np.zeros(regions.shape[1:], dtype=np.uint8)
     for mask, label in zip(regions[::-1], ("oedema", "core", "enhancing"), strict=True):
         np.copyto(label_map, values[label], where=mask)
@@ -124,7 +124,7 @@ class PostprocessRegions(Transform):
         self.min_volume_mm3 = _per_region(min_volume_mm3)
         self.fill_holes = _per_region(fill_holes)
         self.palette = palette
-        _palette(palette)
+        palette_values(palette)
 
     def __call__(self, probabilities: NdarrayOrTensor) -> NdarrayOrTensor:
         """Return the label map `[1, X, Y, Z]` uint8 of `probabilities` `[3, X, Y, Z]`, in the same kind of array.
@@ -197,12 +197,6 @@ class PostprocessRegionsd(MapTransform):
 
 def _per_region(value: Any) -> tuple:
     return ensure_tuple_rep(value, len(REGIONS))
-
-
-def _palette(name: str) -> dict[str, int]:
-    if name not in PALETTES:
-        raise ValueError(f"unknown palette {name!r}: choose one of {', '.join(PALETTES)}")
-    return PALETTES[name]
 
 
 def _name(array: NdarrayOrTensor) -> str:

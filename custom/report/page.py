@@ -17,7 +17,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..files import whole_file
+from ..files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,8 +106,7 @@ def write_page(path: str | os.PathLike[str], title: str, *parts: str) -> None:
     page = TEMPLATE.substitute(
         title=text(title), body=join(parts), style=STYLE, script=SCRIPT, footer=text(f"CoMNeT {__version__}, {now}")
     )
-    with whole_file(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _as_jpeg(path: str | os.PathLike[str]) -> str:

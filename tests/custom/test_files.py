@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from custom.files import file_sha256, whole_file, write_text
+from custom.files import file_sha256, whole_file, write_table, write_text
 
 
 def test_whole_file_appears_only_when_the_block_ends(tmp_path):
@@ -38,3 +38,10 @@ def test_unusable_folder_is_named(tmp_path):
 def test_file_sha256(tmp_path):
     (tmp_path / "weights").write_bytes(b"abc" * 1_000_000)
     assert file_sha256(tmp_path / "weights") == hashlib.sha256(b"abc" * 1_000_000).hexdigest()
+
+
+def test_table_quotes_what_needs_it_and_writes_a_header_without_rows(tmp_path):
+    write_table(tmp_path / "a.csv", ["subject", "reason"], [{"subject": "BT0001", "reason": "a, b"}])
+    write_table(tmp_path / "b.csv", ["subject", "reason"], [])
+    assert (tmp_path / "a.csv").read_text() == 'subject,reason\nBT0001,"a, b"\n'
+    assert (tmp_path / "b.csv").read_text() == "subject,reason\n"
