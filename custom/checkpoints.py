@@ -80,7 +80,20 @@ def load_network(network: nn.Module, path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, unreadable, or of another size or architecture than ``network``.
     """
-    state, provenance = read_checkpoint(path)
+    return load_part(network, path, "")
+
+
+def load_part(network: nn.Module, path: str | Path, prefix: str) -> dict[str, Any]:
+    """Load strictly into ``network`` those weights of a checkpoint whose names start with ``prefix``.
+
+    Returns:
+        The provenance of the whole file.
+
+    Raises:
+        CheckpointError: missing, unreadable, or of another size or architecture than ``network``.
+    """
+    content, provenance = read_checkpoint(path)
+    state = {name.removeprefix(prefix): value for name, value in content.items() if name.startswith(prefix)}
     difference = _difference(network.state_dict(), state)
     if difference:
         made_by = f" (it was trained with {provenance['backbone']})" if "backbone" in provenance else ""

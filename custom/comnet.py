@@ -1,41 +1,75 @@
-"""CoMNeT as one module: fold backbones, their averaged probabilities, and the corrector (paper, 3.2 and Figure 1)."""
+"""CoMNeT as one module: fold backbones, their averaged probabilities, and the corrector (paper, 3.2 and Figure 1).
 
-from __future__ import annotations
+Annotations stay evaluated here: TorchScript cannot resolve postponed ones in a `NamedTuple`.
+"""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .checkpoints import NetworkLoader, load_network
+from .checkpoints import NetworkLoader, load_network, load_part
+from .cohort import REGIONS
 from .weights import NUM_FOLDS, weight_files
 
+logger = logging.getLogger("comnet")
+
 PROBABILITY_MARGIN = 1e-6
+
+
+class Segmentation(NamedTuple):
+    """What the network makes of one batch.
+
+    Attributes:
+        logits: ``[B, 3, *spatial]`` of ET, TC, WT.
+        spread: standard deviation of the probabilities over folds and over the corrector's samples, in quadrature,
+            of the same shape; 0 with one fold and one sample.
+    """
+
+    logits: Tensor
+    spread: Tensor
 
 
 class CoMNeT(nn.Module):
     """Average the folds' probability maps voxel by voxel, then refine them.
 
-    The folds run one after the other, so that only one backbone's activations are in memory at a time.
+    The folds run one after the other, so that only one backbone's activations are in memory at a time. With one fold
+    this is what cross-validation scores: a backbone and its corrector.
 
     Args:
         backbone: builds one backbone, image ``[B, 4, *spatial]`` to logits ``[B, 3, *spatial]``.
         num_folds: number of backbones in the ensemble.
-        corrector: refines the ensemble's coarse logits given the image, ``(image, coarse) -> refined``;
-            ``None`` passes the coarse logits through.
+        corrector: refines coarse logits given the image, such as :class:`custom.corrdiff.CorrDiff`; ``None`` passes
+            the coarse logits through.
+        refine_each_fold: refine every fold's own logits and average what comes out (paper, Discussion), instead of
+            refining the average once (paper, 3.2).
+        refine_regions: for ET, TC and WT, whether the refinement is used; where not, the coarse logits stay.
+        uncertainty: append the spread to the output, which then has six channels.
     """
 
     def __init__(
-        self, backbone: Callable[[], nn.Module], num_folds: int = NUM_FOLDS, corrector: nn.Module | None = None
+        self,
+        backbone: Callable[[], nn.Module],
+        num_folds: int = NUM_FOLDS,
+        corrector: nn.Module | None = None,
+        refine_each_fold: bool = False,
+        refine_regions: Sequence[bool] = (True, True, True),
+        uncertainty: bool = False,
     ) -> None:
         super().__init__()
+        if len(refine_regions) != len(REGIONS):
+            raise ValueError(f"refine_regions is {list(refine_regions)}: one answer each for {', '.join(REGIONS)}")
         self.backbones = nn.ModuleList(backbone() for _ in range(num_folds))
         self.corrector = corrector
+        self.refine_each_fold = refine_each_fold
+        self.refine_regions = [bool(answer) for answer in refine_regions]
+        self.uncertainty = uncertainty
         self.margin = PROBABILITY_MARGIN
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
+    def forward(self, image: Tensor) -> Tensor:
         """Segment.
 
         Args:
@@ -43,15 +77,39 @@ class CoMNeT(nn.Module):
 
         Returns:
             Logits ``[B, 3, *spatial]`` of ET, TC, WT; their sigmoid is the mean probability S of the folds where there
-            is no corrector.
+            is no corrector. With ``uncertainty``, ``[B, 6, *spatial]``: see :class:`Segmentation`.
         """
-        total = torch.zeros(1, dtype=torch.float32, device=image.device)
-        for backbone in self.backbones:
-            total = total + torch.sigmoid(backbone(image).float())
-        coarse = torch.logit(total / len(self.backbones), eps=self.margin)
-        if self.corrector is not None:
-            return self.corrector(image, coarse)
-        return coarse
+        result = self.segment(image)
+        return torch.cat([result.logits, result.spread], 1) if self.uncertainty else result.logits
+
+    def segment(self, image: Tensor) -> Segmentation:
+        """Segment, and say how far the folds and the samples disagree."""
+        logits = torch.zeros(1, device=image.device)
+        mean, squares, variance = torch.zeros_like(logits), torch.zeros_like(logits), torch.zeros_like(logits)
+        for n, backbone in enumerate(self.backbones):
+            logits = backbone(image).float()
+            if self.refine_each_fold:
+                fold = self.refine(image, logits)
+                logits, variance = fold.logits, variance + fold.spread.square()
+            difference = torch.sigmoid(logits) - mean  # Welford's running variance
+            mean = mean + difference / (n + 1)
+            squares = squares + difference.square() * (n / (n + 1))
+        if len(self.backbones) > 1:
+            logits = torch.logit(mean, eps=self.margin)
+        spread = ((squares + variance) / len(self.backbones)).sqrt()
+        if self.refine_each_fold:
+            return Segmentation(logits, spread)
+        refined = self.refine(image, logits)
+        return Segmentation(refined.logits, (spread.square() + refined.spread.square()).sqrt())
+
+    def refine(self, image: Tensor, coarse: Tensor) -> Segmentation:
+        """Correct ``coarse`` logits ``[B, 3, *spatial]`` in the regions that are to be refined."""
+        if self.corrector is None or not any(self.refine_regions):
+            return Segmentation(coarse, torch.zeros_like(coarse))
+        result = self.corrector.refine(image, coarse, self.corrector.num_samples, self.corrector.seed)
+        keep = torch.tensor(self.refine_regions, device=coarse.device).view(1, -1, 1, 1, 1)
+        logits = torch.where(keep, result.logits, coarse)
+        return Segmentation(logits, torch.where(keep, result.spread, torch.zeros_like(coarse)))
 
 
 def load_ensemble(network: CoMNeT, weights_dir: str | Path) -> list[dict[str, Any]]:
@@ -59,7 +117,8 @@ def load_ensemble(network: CoMNeT, weights_dir: str | Path) -> list[dict[str, An
 
     Args:
         network: an ensemble as configured.
-        weights_dir: see :func:`custom.weights.weight_files`.
+        weights_dir: see :func:`custom.weights.weight_files`. Five fold checkpoints hold no corrector: an untrained one
+            then leaves the ensemble's probabilities as they are.
 
     Returns:
         The provenance of each file that was loaded.
@@ -70,7 +129,29 @@ def load_ensemble(network: CoMNeT, weights_dir: str | Path) -> list[dict[str, An
     files = weight_files(weights_dir, len(network.backbones))
     if len(files) == 1 and files[0].parent == Path(weights_dir):
         return [load_network(network, files[0])]
+    if network.corrector is not None:
+        logger.info("%s holds fold checkpoints only: nothing refines their averaged probabilities", weights_dir)
     return [load_network(backbone, path) for backbone, path in zip(network.backbones, files, strict=True)]
+
+
+def gather(network: CoMNeT, backbones: Sequence[str | Path], corrector: str | Path | None) -> list[dict[str, Any]]:
+    """Load a whole ensemble from the checkpoints of its parts.
+
+    Args:
+        network: the ensemble to fill.
+        backbones: one checkpoint for each of its backbones.
+        corrector: checkpoint of a fold network of ``comnet_corrdiff``, of which the corrector is taken.
+
+    Returns:
+        The provenance of each file.
+
+    Raises:
+        CheckpointError: a file is missing, unreadable or made for another network.
+    """
+    facts = [load_network(backbone, path) for backbone, path in zip(network.backbones, backbones, strict=True)]
+    if corrector is not None:
+        facts.append(load_part(network.corrector, corrector, "corrector."))
+    return facts
 
 
 class EnsembleLoader(NetworkLoader):

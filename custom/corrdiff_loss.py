@@ -15,6 +15,10 @@ class CorrDiffLoss(nn.Module):
 
     Terms that a stage does not have are 0: in stage "vq" L_diff and L_seg, in stage "diffusion" L_vq.
 
+    Attributes:
+        logged: of the last call, "total", "perplexity" and each term before its weight ("diff", "recon", "vq", "seg"),
+            scalars without gradient; empty before the first call.
+
     Args:
         lambda_diff: weight of the squared error of the predicted noise.
         lambda_recon: weight of the absolute error of the decoded residual.
@@ -38,22 +42,23 @@ class CorrDiffLoss(nn.Module):
         self.weights = {"diff": lambda_diff, "recon": lambda_recon, "vq": lambda_vq, "seg": lambda_seg}
         self.residual_emphasis = residual_emphasis
         self.eps = eps
+        self.logged: dict[str, Tensor] = {}
 
-    def forward(self, outputs: TrainingOutputs, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weigh up one batch.
+    def forward(self, outputs: TrainingOutputs, target: Tensor) -> Tensor:
+        """Weigh up one batch, and keep its terms in `logged`.
 
         Args:
             outputs: of :meth:`custom.corrdiff.CorrDiff.training_step`.
             target: region masks `[B, 3, *spatial]`.
 
         Returns:
-            The scalar total, and for logging "total", "perplexity" and each term before its weight ("diff", "recon",
-            "vq", "seg"), without gradient.
+            The scalar total.
         """
         terms = self.terms(outputs, convert_to_tensor(target, track_meta=False).float())
         total = torch.stack([weight * terms[name] for name, weight in self.weights.items()]).sum()
         logged = terms | {"perplexity": outputs.perplexity, "total": total}
-        return total, {name: value.detach() for name, value in logged.items()}
+        self.logged = {name: value.detach() for name, value in logged.items()}
+        return total
 
     def terms(self, outputs: TrainingOutputs, target: Tensor) -> dict[str, Tensor]:
         """Return each scalar term of eq. 2, unweighted."""

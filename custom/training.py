@@ -127,18 +127,26 @@ class EarlyStopHandler(monai.handlers.EarlyStopHandler):
     It is attached to the trainer and listens to the validator; in a config the two could not name each other.
 
     Args:
-        patience: validations without gain before training stops (paper, Table 1: 30).
+        patience: validations without gain before training stops (paper, Table 1: 30; 15 for CorrDiff).
         validator: evaluator with a key metric, larger is better.
+        after: epochs whose validations do not count, such as those in which only the tokeniser learns.
     """
 
-    def __init__(self, patience: int, validator: Engine) -> None:
+    def __init__(self, patience: int, validator: Engine, after: int = 0) -> None:
         super().__init__(patience, lambda engine: engine.state.metrics[engine.state.key_metric_name])
         self.validator = validator
+        self.after = after
 
     def attach(self, engine: Engine) -> None:
         """Stop the trainer ``engine`` when patience has run out."""
+        self.trainer = engine
         self.set_trainer(engine)
         super().attach(self.validator)
+
+    def __call__(self, engine: Engine) -> None:
+        """Count a validation."""
+        if self.trainer.state.epoch > self.after:
+            super().__call__(engine)
 
     def state_dict(self) -> dict[str, Any]:
         """Return counter and best score."""

@@ -4,6 +4,7 @@ from .corrector import STAGES, CorrDiff, Refinement, TrainingOutputs
 from .denoiser import ConditionEncoder, Denoiser
 from .diffusion import LatentDiffusion, LatentScale, reverse_timesteps
 from .inputs import binary_entropy, brain_mask, condition
+from .presets import corrdiff_base, corrdiff_tiny
 
 __all__ = [
     "STAGES",
@@ -17,5 +18,7 @@ __all__ = [
     "binary_entropy",
     "brain_mask",
     "condition",
+    "corrdiff_base",
+    "corrdiff_tiny",
     "reverse_timesteps",
 ]

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from custom.checkpoints import CheckpointError, save_atomically
-from custom.comnet import CoMNeT, load_ensemble
+from custom.comnet import CoMNeT, gather, load_ensemble
+from custom.corrdiff import CorrDiff, Refinement
 from custom.weights import fold_checkpoint, weight_files
 
 
@@ -31,16 +32,84 @@ def test_confident_folds_give_finite_logits():
     assert torch.isfinite(network(torch.full((1, 4, 2, 2, 2), 1e4))).all()
 
 
-def test_corrector_receives_image_and_coarse_logits():
-    class Shift(nn.Module):
-        def forward(self, image, coarse):
-            return coarse + image[:, :3]
+class Shift(nn.Module):
+    """A corrector that adds the first three modalities, and says that its samples differ by 0.1."""
 
+    num_samples, seed = 1, 0
+
+    def refine(self, image, coarse, num_samples, seed):
+        return Refinement(coarse + image[:, :3], image[:, :3], torch.full_like(coarse, 0.1))
+
+
+def test_corrector_receives_image_and_coarse_logits():
     network, image = CoMNeT(backbone, 2, Shift()), torch.randn(1, 4, 4, 4, 4)
     corrector, network.corrector = network.corrector, None
     coarse = network(image)
     network.corrector = corrector
     torch.testing.assert_close(network(image), coarse + image[:, :3])
+
+
+def test_each_fold_can_be_refined_before_the_average():
+    network, image = CoMNeT(backbone, 2, Shift(), refine_each_fold=True), torch.randn(1, 4, 4, 4, 4)
+    expected = sum(torch.sigmoid(fold(image) + image[:, :3]) for fold in network.backbones) / 2
+    torch.testing.assert_close(torch.sigmoid(network(image)), expected)
+
+
+def test_regions_that_are_not_to_be_refined_keep_their_coarse_logits():
+    network, image = CoMNeT(backbone, 2, Shift(), refine_regions=(True, False, True)), torch.randn(1, 4, 4, 4, 4)
+    refined = network(image)
+    network.corrector = None
+    coarse = network(image)
+    assert torch.equal(refined[:, 1], coarse[:, 1])
+    assert not torch.isclose(refined[:, [0, 2]], coarse[:, [0, 2]]).any()
+
+
+def test_three_regions_need_three_answers():
+    with pytest.raises(ValueError, match="one answer each for ET, TC, WT"):
+        CoMNeT(backbone, refine_regions=(True,))
+
+
+def test_one_fold_with_an_untrained_corrector_gives_the_backbones_logits_bit_for_bit():
+    network, image = CoMNeT(backbone, 1, CorrDiff()), 30 * torch.randn(1, 4, 4, 4, 4)
+    assert torch.equal(network(image), network.backbones[0](image))
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_uncertainty_joins_the_spread_of_folds_and_samples(each):
+    network = CoMNeT(backbone, 3, Shift(), refine_each_fold=each, uncertainty=True)
+    image = torch.randn(1, 4, 4, 4, 4)
+    logits = [fold(image) + (image[:, :3] if each else 0) for fold in network.backbones]
+    folds = torch.stack(logits).sigmoid().std(0, correction=0)
+    torch.testing.assert_close(network(image)[:, 3:], (folds.square() + 0.01).sqrt())
+    network.uncertainty = False
+    assert network(image).shape[1] == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"refine_each_fold": True, "uncertainty": True}])
+def test_scripts_with_a_corrector(options):
+    network, image = CoMNeT(backbone, 2, CorrDiff(), **options).eval(), torch.randn(1, 4, 8, 8, 8)
+    nn.init.constant_(network.corrector.alpha, 0.3)
+    nn.init.normal_(network.corrector.tokeniser.decoder[-1].weight)
+    torch.testing.assert_close(torch.jit.script(network)(image), network(image))
+
+
+def test_an_ensemble_is_gathered_from_its_parts(tmp_path):
+    folds, source = write_folds(tmp_path), CoMNeT(backbone, 1, CorrDiff())
+    nn.init.constant_(source.corrector.alpha, 0.7)
+    save_atomically({"model": source.state_dict(), "provenance": {"fold": 2}}, tmp_path / "corrector.pt")
+    network = CoMNeT(backbone, 5, CorrDiff())
+    facts = gather(network, [fold_checkpoint(tmp_path, fold) for fold in range(5)], tmp_path / "corrector.pt")
+    assert [fact["fold"] for fact in facts] == [0, 1, 2, 3, 4, 2]
+    assert torch.equal(network.backbones[3].weight, folds[3].weight)
+    assert all(torch.equal(a, b) for a, b in zip(network.corrector.parameters(), source.corrector.parameters()))
+
+
+def test_fold_checkpoints_leave_the_corrector_untrained(tmp_path):
+    write_folds(tmp_path)
+    network, image = CoMNeT(backbone, 5, CorrDiff()), torch.randn(1, 4, 8, 8, 8)
+    load_ensemble(network, tmp_path)
+    refined, network.corrector = network(image), None
+    assert torch.equal(refined, network(image))
 
 
 def test_scripts_to_the_same_output():

@@ -251,12 +251,12 @@ def test_stages_learn_what_they_should():
         network.training_step(image, coarse, target, "diffusion")
     with pytest.raises(ValueError, match="choose one of vq, diffusion, joint"):
         network.training_step(image, coarse, target, "warmup")
-    loss(network.training_step(image, coarse, target, "vq"), target)[0].backward()
+    loss(network.training_step(image, coarse, target, "vq"), target).backward()
     assert with_gradient(network) == {"tokeniser"}
     network.freeze_tokeniser()
     network.zero_grad()
     frozen = {name: value.clone() for name, value in network.state_dict().items() if is_frozen(name)}
-    loss(network.training_step(image, coarse, target, "diffusion"), target)[0].backward()
+    loss(network.training_step(image, coarse, target, "diffusion"), target).backward()
     assert with_gradient(network) == {"tokeniser", "diffusion", "guide", "gate", "alpha"}
     assert all(p.grad is None for p in network.tokeniser.encoder.parameters())
     assert all(torch.equal(network.state_dict()[name], value) for name, value in frozen.items())
@@ -274,10 +274,10 @@ def with_gradient(network: nn.Module) -> set[str]:
 def test_diffusion_and_segmentation_do_not_move_the_encoder():
     network, (image, coarse, target) = tiny(alpha=0.5), subject()
     outputs = network.training_step(image, coarse, target, "joint")
-    CorrDiffLoss(lambda_recon=0, lambda_vq=0)(outputs, target)[0].backward()
+    CorrDiffLoss(lambda_recon=0, lambda_vq=0)(outputs, target).backward()
     assert with_gradient(network.tokeniser.encoder) == set()
     outputs = network.training_step(image, coarse, target, "joint")
-    CorrDiffLoss()(outputs, target)[0].backward()
+    CorrDiffLoss()(outputs, target).backward()
     assert with_gradient(network.tokeniser.encoder) != set()
 
 
@@ -286,7 +286,7 @@ def test_segmentation_alone_reaches_denoiser_guide_gate_alpha_and_decoder():
     network.training_step(image, coarse, target, "vq")
     torch.manual_seed(0)
     outputs = network.training_step(image, coarse, target, "diffusion")
-    CorrDiffLoss(lambda_diff=0, lambda_recon=0)(outputs, target)[0].backward()
+    CorrDiffLoss(lambda_diff=0, lambda_recon=0)(outputs, target).backward()
     assert with_gradient(network) == {"tokeniser", "diffusion", "guide", "gate", "alpha"}
 
 
@@ -301,7 +301,7 @@ def test_training_outputs_are_the_residual_and_the_noise():
 
 def test_alpha_leaves_zero_by_its_own_gradient():
     network, (image, coarse, target) = tiny(), subject()
-    CorrDiffLoss()(network.training_step(image, coarse, target), target)[0].backward()
+    CorrDiffLoss()(network.training_step(image, coarse, target), target).backward()
     assert (network.alpha.grad != 0).all()
 
 
@@ -311,11 +311,11 @@ def test_overfits_one_damaged_subject():
     history = []
     for step in range(130):
         stage = "vq" if step < 40 else "diffusion"
-        total, terms = loss(network.training_step(image, coarse, target, stage), target)
+        total = loss(network.training_step(image, coarse, target, stage), target)
         optimiser.zero_grad()
         total.backward()
         optimiser.step()
-        history.append(terms)
+        history.append(loss.logged)
     assert mean(history[35:40], "recon") < 0.6 * mean(history[:3], "recon")
     assert mean(history[-15:], "diff") < 0.75 * mean(history[40:50], "diff")
     before, after = (
@@ -369,7 +369,7 @@ def test_a_bundle_can_build_it_from_json():
     parser = ConfigParser(config)
     image, coarse, target = subject()
     network = parser.get_parsed_content("corrector")
-    total, _ = parser.get_parsed_content("loss")(network.training_step(image, coarse, target), target)
+    total = parser.get_parsed_content("loss")(network.training_step(image, coarse, target), target)
     assert torch.isfinite(total)
 
 

@@ -39,9 +39,13 @@ def seg(logits: np.ndarray, y: np.ndarray, eps: float = 1e-5) -> np.ndarray:
     return np.array(values)
 
 
+def weighed(loss: CorrDiffLoss, *batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return loss(*batch), loss.logged
+
+
 def test_each_term_and_their_weighted_sum_are_equation_2():
     outputs, target = sample()
-    total, terms = CorrDiffLoss()(outputs, target)
+    total, terms = weighed(CorrDiffLoss(), outputs, target)
     diff = np.mean((outputs.noise - outputs.predicted_noise).numpy() ** 2)
     recon = np.mean(np.abs((outputs.residual - outputs.reconstruction).numpy()))
     weighted = np.mean(np.array([0.9, 0.2]) * seg(outputs.refined.numpy(), target.numpy()))
@@ -55,21 +59,21 @@ def test_each_term_and_their_weighted_sum_are_equation_2():
 def test_each_weight_scales_its_own_term_once(name):
     outputs, target = sample()
     weights = {f"lambda_{other}": 0.0 for other in ("diff", "recon", "vq", "seg")}
-    total, terms = CorrDiffLoss(**(weights | {f"lambda_{name}": 3.0}))(outputs, target)
+    total, terms = weighed(CorrDiffLoss(**(weights | {f"lambda_{name}": 3.0})), outputs, target)
     assert_allclose(total.item(), 3 * terms[name].item(), rtol=1e-6)
     assert terms[name] > 0
 
 
 def test_stage_without_diffusion_has_reconstruction_and_quantisation_only():
     outputs, target = sample(noise=None, predicted_noise=None, signal=None, refined=None)
-    total, terms = CorrDiffLoss()(outputs, target)
+    total, terms = weighed(CorrDiffLoss(), outputs, target)
     assert terms["diff"] == terms["seg"] == 0
     assert_allclose(total.item(), terms["recon"].item() + 0.25 * 0.8, rtol=1e-6)
 
 
 def test_segmentation_term_fades_with_the_signal():
     outputs, target = sample(signal=torch.tensor([0.0, 0.0]))
-    assert CorrDiffLoss()(outputs, target)[1]["seg"] == 0
+    assert weighed(CorrDiffLoss(), outputs, target)[1]["seg"] == 0
 
 
 def test_empty_region_predicted_empty_costs_nothing():
@@ -84,6 +88,15 @@ def test_emphasis_weighs_voxels_with_a_residual():
 
 def test_logged_terms_carry_no_gradient_and_the_total_does():
     outputs, target = sample(refined=torch.zeros(SHAPE, requires_grad=True))
-    total, terms = CorrDiffLoss()(outputs, target)
+    total, terms = weighed(CorrDiffLoss(), outputs, target)
     assert total.requires_grad
     assert not any(value.requires_grad for value in terms.values())
+
+
+def test_logged_terms_are_those_of_the_last_call():
+    loss = CorrDiffLoss()
+    assert loss.logged == {}
+    totals = [loss(*sample(quantisation=torch.tensor(value))).item() for value in (0.5, 2.5)]
+    assert loss.logged["vq"] == 2.5
+    assert_allclose(loss.logged["total"].item(), totals[1])
+    assert_allclose(totals[1] - totals[0], 0.25 * 2.0, rtol=1e-5)
