@@ -14,6 +14,8 @@ from monai.bundle.config_item import ComponentLocator
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 CONFIGS = sorted(BUNDLES.glob("*/configs/*.json"))
 TRAIN = BUNDLES / "comnet_mednext" / "configs" / "train.json"
+CORRDIFF = BUNDLES / "comnet_corrdiff" / "configs" / "train.json"
+ENSEMBLE = BUNDLES / "comnet_ensemble" / "configs" / "inference.json"
 COMPLETE = [path for path in CONFIGS if path.name in ("train.json", "inference.json")]
 
 
@@ -57,6 +59,45 @@ def test_defaults_are_table_1_and_section_3_3(key, value):
     assert parser(TRAIN)[key] == value
 
 
+TABLE_1_CORRDIFF = {
+    "backbone": "custom.mednext.mednext_base",
+    "max_epochs": 50,
+    "patience": 15,
+    "loss_weights": {"lambda_diff": 1.0, "lambda_recon": 1.0, "lambda_vq": 0.25, "lambda_seg": 1.0},
+    "patch_size": [128, 160, 112],
+    "learning_rate": 1e-4,
+    "weight_decay": 1e-5,
+    "batch_size": 1,
+    "accumulation_steps": 2,
+    "max_gradient_norm": 1.0,
+    "coarse_source": "out_of_fold",
+}
+
+
+@pytest.mark.parametrize(("key", "value"), TABLE_1_CORRDIFF.items())
+def test_corrdiff_defaults_are_table_1(key, value):
+    assert parser(CORRDIFF)[key] == value
+
+
+def test_corrdiffs_named_values_reach_schedule_sampler_loss_and_early_stopping():
+    config = parser(CORRDIFF)
+    network = config.get_parsed_content("network_def")
+    diffusion = network.corrector.diffusion
+    assert len(network.backbones) == 1 and sum(p.numel() for p in network.backbones.parameters()) == 10_562_799
+    assert diffusion.num_train_timesteps == 200 and len(diffusion.timesteps) == 25
+    loss = config.get_parsed_content("loss")
+    assert loss.weights == {"diff": 1.0, "recon": 1.0, "vq": 0.25, "seg": 1.0}
+    stopper = next(item for item in config["train#handlers"] if item["_target_"].endswith("EarlyStopHandler"))
+    assert stopper["patience"] == "@patience" and stopper["after"] == "@vq_epochs"
+    assert 0 < config["vq_epochs"] < config["max_epochs"]
+
+
+def test_the_ensemble_is_five_backbones_and_a_corrector_of_200_and_25_steps():
+    network = parser(ENSEMBLE, weights_dir="/nonexistent").get_parsed_content("network_def")
+    assert len(network.backbones) == 5 and not network.refine_each_fold and all(network.refine_regions)
+    assert (network.corrector.diffusion.num_train_timesteps, len(network.corrector.diffusion.timesteps)) == (200, 25)
+
+
 @pytest.fixture(scope="module")
 def built():
     """Train.json with its own defaults, but a folder of its own and data that are not read."""
@@ -89,14 +130,22 @@ def test_augmentation_is_the_papers_list_and_no_more():
 
 def test_image_preprocessing_is_the_same_everywhere():
     lists = [parser(path)["image_preprocessing"] for path in COMPLETE]
-    assert len(lists) >= 3 and all(steps == lists[0] for steps in lists)
+    assert len(lists) >= 5 and all(steps == lists[0] for steps in lists)
 
 
-def test_output_settings_are_the_same_in_both_inference_configs():
-    ours, theirs = (json.loads(path.read_text()) for path in COMPLETE if path.name == "inference.json")
-    own = {"fold", "checkpoint", "weights_dir", "num_folds", "network_def", "ledger", "handlers"}
-    for key in (set(ours) | set(theirs)) - own:
-        assert ours[key] == theirs[key], key
+def test_output_settings_are_the_same_in_all_inference_configs():
+    mednext, corrdiff, ensemble = (
+        json.loads((BUNDLES / name / "configs" / "inference.json").read_text())
+        for name in ("comnet_mednext", "comnet_corrdiff", "comnet_ensemble")
+    )
+    weights = {"fold", "checkpoint", "weights_dir", "num_folds", "network_def", "ledger", "handlers"}
+    tuned = {"tuned", "refine_regions", "refine_each_fold", "thresholds", "min_volume_mm3"}
+    for key in (set(corrdiff) | set(ensemble)) - weights - tuned:
+        assert corrdiff[key] == ensemble[key], key
+    corrector = {"segresnet_filters", "corrector", "num_samples", "seed", "refine_regions"}
+    maps = {"write_uncertainty", "map_keys", "probability_transforms", "mask_transforms"}
+    for key in (set(mednext) | set(corrdiff)) - weights - corrector - maps:
+        assert mednext[key] == corrdiff[key], key
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
@@ -137,10 +186,11 @@ def workflow(path: Path, kind: str, **overrides) -> ConfigWorkflow:
     return flow
 
 
-def test_train_has_all_properties(tmp_path):
+@pytest.mark.parametrize("path", [TRAIN, CORRDIFF], ids=name_of)
+def test_train_has_all_properties(path, tmp_path):
     items = [{"image": "x.nii.gz", "label": "x.nii.gz"}]
     data = {"train#dataset#data": items, "validate#dataset#data": items}
-    assert workflow(TRAIN, "train", **data, models_dir=str(tmp_path)).check_properties() == []
+    assert workflow(path, "train", **data, models_dir=str(tmp_path)).check_properties() == []
 
 
 @pytest.mark.parametrize("path", [path for path in COMPLETE if path.name == "inference.json"], ids=name_of)
