@@ -19,7 +19,7 @@ from . import __version__
 from .checkpoints import CheckpointError
 from .cohort import REGIONS
 from .files import write_table, write_text
-from .metrics import score_subject, summarise
+from .metrics import calibration_columns, score_subject, summarise
 from .report import region_volumes, write_qc_picture, write_scores_report, write_segment_report, write_volumes_csv
 from .transforms import label_map_to_regions
 from .weights import Weights, describe_weights
@@ -175,6 +175,7 @@ class Ledger:
         record = {"status": "done", "key": self._key(name), "volumes_ml": volumes, "warnings": warnings}
         if output.get("label") is not None:
             scores = score_subject(label_map_to_regions(label_map.cpu(), palette), output["label"].cpu(), spacing)
+            scores |= calibration_columns(output)
             record["scores"] = {"model": self.model, "fold": self.fold, "subject": name, **scores}
         if self.pictures:
             self._draw(name, warnings)
@@ -202,7 +203,8 @@ class Ledger:
         return {name: path for name, path in paths.items() if path.is_file() and self.records[name]["status"] == "done"}
 
     def _write_scores(self, scores: Sequence[Mapping[str, Any]]) -> None:
-        write_table(self.output_dir / "scores.csv", list(scores[0]), scores)
+        columns = list(dict.fromkeys(column for row in scores for column in row))
+        write_table(self.output_dir / "scores.csv", columns, scores)
         summary = [{"score": name, **figures} for name, figures in summarise(scores).items() if name != "fold"]
         write_table(self.output_dir / "summary.csv", list(summary[0]), summary)
         if self.pictures:

@@ -22,7 +22,15 @@ from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from scipy.spatial.distance import cdist
 
 from custom.cohort import REGIONS
-from custom.metrics import EMPTY_HD95_MM, SCORES, MeanRegionDice, RegionDice, score_subject, summarise
+from custom.metrics import (
+    EMPTY_HD95_MM,
+    LESION_SCORES,
+    SCORES,
+    MeanRegionDice,
+    RegionDice,
+    score_subject,
+    summarise,
+)
 
 # --- references -----------------------------------------------------------------------------------------------------
 
@@ -154,8 +162,9 @@ def test_both_conventions_for_empty_masks(empty: str) -> None:
     prediction, reference = same(cube((2, 2, 2))), same(cube((2, 2, 2)))
     prediction[0] &= predicted
     reference[0] &= expected
+    scores = scores | {"lesion_dice": scores["dice"], "lesion_dice_brats": scores["dice_brats"]}
     row = score_subject(prediction, reference)
-    assert {name: row[f"ET_{name}"] for name in SCORES} == pytest.approx(scores, nan_ok=True)
+    assert {name: row[f"ET_{name}"] for name in SCORES + LESION_SCORES} == pytest.approx(scores, nan_ok=True)
 
 
 def test_penalty_is_the_diagonal_of_the_brats_grid() -> None:
@@ -169,6 +178,8 @@ def test_means_skip_undefined_regions_but_the_brats_means_do_not() -> None:
     row = score_subject(prediction, reference)
     assert row["mean_dice"] == pytest.approx((0.5 + 1) / 2)
     assert row["mean_dice_brats"] == pytest.approx((1 + 0.5 + 1) / 3)
+    assert row["mean_lesion_dice"] == pytest.approx((0.5 + 1) / 2)
+    assert row["mean_lesion_dice_brats"] == pytest.approx((1 + 0.5 + 1) / 3)
     nothing = np.zeros_like(prediction)
     assert math.isnan(score_subject(nothing, nothing)["mean_dice"])
 
@@ -182,7 +193,7 @@ def test_volumes_are_millilitres_and_the_error_is_signed() -> None:
 
 def test_row_is_flat_and_made_of_floats_only() -> None:
     row = score_subject(blobs(0), blobs(50))
-    assert len(row) == 3 * (6 + 3) + 6
+    assert len(row) == 3 * (6 + 3 + 5) + 8
     assert all(type(value) is float for value in row.values())
 
 

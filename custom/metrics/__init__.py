@@ -1,0 +1,39 @@
+"""Scores of binary regions against a reference (paper §3.4): thin, over `monai.metrics`, panoptica and scipy.
+
+What an empty region scores, in two conventions reported side by side. *Skip* leaves out (NaN) what is not defined;
+the columns ending in `_brats` follow the BraTS challenges and give every subject a number:
+
+| empty            | dice, nsd, lesion_dice | hd95 | dice_brats, nsd_brats, lesion_dice_brats | hd95_brats |
+| ---------------- | ---------------------- | ---- | ---------------------------------------- | ---------- |
+| both             | NaN                    | NaN  | 1                                        | 0 mm       |
+| reference only   | NaN                    | NaN  | 0                                        | 373.13 mm  |
+| prediction only  | 0                      | NaN  | 0                                        | 373.13 mm  |
+
+For `lesion_dice` a region without a lesion large enough to count is empty (`lesions`). The calibration error is defined
+for empty regions too, and NaN only where the brain is empty (`calibration`).
+"""
+
+from __future__ import annotations
+
+from .calibration import CalibrationErrord, calibration_columns, calibration_scores
+from .handlers import MeanRegionDice, RegionDice
+from .lesions import LESION_SCORES, lesion_scores
+from .paired import paired_differences
+from .regions import EMPTY_HD95_MM
+from .subject import SCORES, score_subject
+from .summary import summarise
+
+__all__ = [
+    "EMPTY_HD95_MM",
+    "LESION_SCORES",
+    "SCORES",
+    "CalibrationErrord",
+    "MeanRegionDice",
+    "RegionDice",
+    "calibration_columns",
+    "calibration_scores",
+    "lesion_scores",
+    "paired_differences",
+    "score_subject",
+    "summarise",
+]
