@@ -60,6 +60,7 @@ def fold_strip(scores: Sequence[Mapping[str, Any]]) -> Figure:
         axes.errorbar(index - 0.28, mean, np.nan_to_num(deviation), fmt="_", color=INK, markersize=22, capsize=5)
     axes.set_xticks(range(len(models)), models)
     axes.set_xlim(-0.6, len(models) - 0.4)
+    axes.margins(y=0.12)
     _finish(axes, "average Dice of the fold")
     return figure
 

@@ -35,6 +35,11 @@ def text(value: Any) -> Html:
     return value if isinstance(value, Html) else Html(escape(str(value)))
 
 
+def name_of(name: str) -> Html:
+    """A short name that is not broken over two lines."""
+    return Html(f'<span class="name">{text(name)}</span>')
+
+
 def join(parts: Iterable[str]) -> Html:
     """HTML pieces one after the other; plain text among them is escaped."""
     return Html("\n".join(text(part) for part in parts))
@@ -167,6 +172,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 caption { text-align: left; color: var(--faint); padding-bottom: .35rem; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 td { overflow-wrap: anywhere; }
+.name { white-space: nowrap; }
 thead th { border-bottom: 2px solid var(--ink); white-space: nowrap; }
 th.number, td.number { text-align: right; white-space: nowrap; }
 th[scope="row"] { font-weight: 600; }

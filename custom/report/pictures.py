@@ -1,9 +1,11 @@
-"""The QC picture of one subject from its files."""
+"""The pictures of one subject from its files."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
@@ -11,18 +13,42 @@ from nibabel.processing import resample_from_to
 
 from ..cohort import MODALITIES, PALETTES
 from ..files import whole_file
-from .figures import BACKGROUND, qc_figure
+from .figures import qc_figure
+from .panels import BACKGROUND
+from .representative import truth_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a picture shows, with axes to the Right, Anterior and Superior.
+
+    Attributes:
+        images: four arrays [X, Y, Z] in the order of `MODALITIES`.
+        label_map: [X, Y, Z].
+        spacing: voxel size in mm.
+        reference: ground truth in the palette of the label map, [X, Y, Z], or None.
+    """
+
+    images: list[np.ndarray]
+    label_map: np.ndarray
+    spacing: list[float]
+    reference: np.ndarray | None
 
 
 def write_qc_picture(
-    path: str | os.PathLike[str],
-    image_paths: Sequence[str | os.PathLike[str]],
-    label_map_path: str | os.PathLike[str],
+    path: PathLike,
+    image_paths: Sequence[PathLike],
+    label_map_path: PathLike,
     title: str = "",
     subtitle: str = "",
     weights_note: str = "",
     palette: str = "brats2023",
-    reference_path: str | os.PathLike[str] | None = None,
+    reference_path: PathLike | None = None,
     reference_palette: str = "brats2021",
 ) -> None:
     """Writes `qc_figure` of NIfTI files as a PNG of 1200 x 850 pixels, whole or not at all.
@@ -43,22 +69,65 @@ def write_qc_picture(
         ValueError: there are not four modalities.
         OSError: a file cannot be read, or the picture cannot be written.
     """
+    scan = _load(image_paths, label_map_path, palette, reference_path, reference_palette)
+    figure = qc_figure(
+        scan.images,
+        scan.label_map,
+        scan.spacing,
+        title,
+        subtitle,
+        reference=scan.reference,
+        weights_note=weights_note,
+        palette=palette,
+    )
+    _save(figure, path)
+
+
+def write_truth_picture(
+    path: PathLike,
+    image_paths: Sequence[PathLike],
+    label_map_path: PathLike,
+    reference_path: PathLike,
+    title: str = "",
+    subtitle: str = "",
+    weights_note: str = "",
+    palette: str = "brats2023",
+    reference_palette: str = "brats2021",
+) -> None:
+    """Writes `truth_figure` of NIfTI files (paper, Figure 2); arguments and errors as of `write_qc_picture`."""
+    scan = _load(image_paths, label_map_path, palette, reference_path, reference_palette)
+    figure = truth_figure(
+        scan.images, scan.label_map, scan.reference, scan.spacing, title, subtitle, weights_note, palette
+    )
+    _save(figure, path)
+
+
+def _load(
+    image_paths: Sequence[PathLike],
+    label_map_path: PathLike,
+    palette: str,
+    reference_path: PathLike | None,
+    reference_palette: str,
+) -> Scan:
     target = nib.as_closest_canonical(nib.load(label_map_path))
-    label_map = np.asarray(target.dataobj).squeeze()
-    images = [_load_on_grid(image, target, order=1) for image in _modalities(image_paths)]
     reference = None
     if reference_path is not None:
         reference = _load_on_grid(nib.load(reference_path), target, order=0)
         reference = _translate(np.rint(reference), reference_palette, palette)
-    spacing = [float(s) for s in target.header.get_zooms()[:3]]
-    figure = qc_figure(
-        images, label_map, spacing, title, subtitle, reference=reference, weights_note=weights_note, palette=palette
+    return Scan(
+        images=[_load_on_grid(image, target, order=1) for image in _modalities(image_paths)],
+        label_map=np.asarray(target.dataobj).squeeze(),
+        spacing=[float(s) for s in target.header.get_zooms()[:3]],
+        reference=reference,
     )
+
+
+def _save(figure: Figure, path: PathLike) -> None:
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=100, facecolor=BACKGROUND)
 
 
-def _modalities(paths: Sequence[str | os.PathLike[str]]) -> list[nib.spatialimages.SpatialImage]:
+def _modalities(paths: Sequence[PathLike]) -> list[nib.spatialimages.SpatialImage]:
     images = [nib.load(path) for path in paths]
     if len(images) == 1 and images[0].ndim == 4:
         images = nib.four_to_three(images[0])

@@ -8,7 +8,6 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from ..cohort import REGIONS
-from .figures import REGION_NAMES
 from .page import (
     RESEARCH_USE,
     Html,
@@ -23,6 +22,7 @@ from .page import (
     weights_line,
     write_page,
 )
+from .panels import REGION_NAMES
 
 DONE = "done"
 REGION_KEY = "ET: enhancing tumour. TC: ET with necrosis and non-enhancing core. WT: TC with oedema."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ..cohort import REGIONS
 
 COLUMNS = (*REGIONS, "Average")
 SKIP, BRATS = "skip", "brats"
+ValueOf = Callable[[Mapping[str, Any], str], float]
 
 
 def models_of(scores: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -47,13 +49,18 @@ def fold_means(scores: Sequence[Mapping[str, Any]], model: str, convention: str 
 
     A fold's average is the mean over its regions' means. NaN where no subject of the fold has a value.
     """
+    return means_by_fold(scores, model, partial(dice_of, convention=convention))
+
+
+def means_by_fold(scores: Sequence[Mapping[str, Any]], model: str, value_of: ValueOf) -> dict[str, dict[Any, float]]:
+    """What `fold_means` is for Dice, for the value that `value_of(score, region)` gives."""
     folds = sorted({score["fold"] for score in scores if str(score["model"]) == model}, key=str)
     means: dict[str, dict[Any, float]] = {column: {} for column in COLUMNS}
     for fold in folds:
         own = [score for score in scores if str(score["model"]) == model and score["fold"] == fold]
         for region in REGIONS:
-            means[region][fold] = _mean([dice_of(score, region, convention) for score in own])
-        means["Average"][fold] = _mean([means[region][fold] for region in REGIONS])
+            means[region][fold] = mean_of([value_of(score, region) for score in own])
+        means["Average"][fold] = mean_of([means[region][fold] for region in REGIONS])
     return means
 
 
@@ -68,12 +75,20 @@ def summarise_scores(
     scores: Sequence[Mapping[str, Any]], convention: str = SKIP
 ) -> dict[str, dict[str, tuple[float, float]]]:
     """Mean and standard deviation over folds, {model: {"ET", "TC", "WT", "Average": (mean, sd)}} (paper, Table 2)."""
+    return summarise_values(scores, partial(dice_of, convention=convention))
+
+
+def summarise_values(
+    scores: Sequence[Mapping[str, Any]], value_of: ValueOf
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """What `summarise_scores` is for Dice, for the value that `value_of(score, region)` gives."""
     return {
-        model: {column: spread(values) for column, values in fold_means(scores, model, convention).items()}
+        model: {column: spread(values) for column, values in means_by_fold(scores, model, value_of).items()}
         for model in models_of(scores)
     }
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean_of(values: Sequence[float]) -> float:
+    """Mean of the values that are not NaN; NaN where all are."""
     defined = [value for value in values if not math.isnan(value)]
     return float(np.mean(defined)) if defined else math.nan
