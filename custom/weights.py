@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .checkpoints import CheckpointError, read_checkpoint
+from .cohort import REGIONS
 from .files import file_sha256
 
 NUM_FOLDS = 5
+DEFAULT_SETTINGS: dict[str, list[Any]] = {
+    "thresholds": [0.5] * len(REGIONS),
+    "min_volume_mm3": [50.0] * len(REGIONS),
+    "refine_regions": [True] * len(REGIONS),
+}
 
 
 @dataclass(frozen=True)
@@ -20,7 +29,8 @@ class Weights:
     Attributes:
         files: one checkpoint a fold, or one of the whole.
         sha256: digest over the digests of all files.
-        facts: provenance that all files share, e.g. ``backbone``, ``spacing``, ``num_folds``.
+        facts: provenance that all files share, e.g. ``backbone``, ``spacing``, ``num_folds``; the last is the number of
+            backbones within, where the files are CoMNeTs.
         trained_on: names of all subjects that any of the files was trained on.
         note: what the weights say of themselves, else the start of their digest.
     """
@@ -67,7 +77,7 @@ def describe_weights(weights: str | Path) -> Weights:
     """
     weights = Path(weights)
     files = [weights] if weights.is_file() else weight_files(weights, _expected_folds(weights))
-    facts = [read_checkpoint(path)[1] for path in files]
+    facts = [_facts(*read_checkpoint(path)) for path in files]
     for key in ("backbone", "spacing", "num_folds"):
         if any(fact.get(key) != facts[0].get(key) for fact in facts):
             raise CheckpointError(f"the folds in {weights} differ in {key}: they do not belong together")
@@ -79,6 +89,31 @@ def describe_weights(weights: str | Path) -> Weights:
         trained_on=frozenset(name for fact in facts for name in fact.get("trained_on", ())),
         note="; ".join(sorted({fact["notes"] for fact in facts if fact.get("notes")})) or f"weights {digest[:12]}",
     )
+
+
+def tuned_settings(weights_dir: str | Path) -> dict[str, list[Any]]:
+    """Return what an ensemble's weights say of the settings they go with: see :mod:`custom.tuning`.
+
+    Args:
+        weights_dir: folder of an ensemble's weights, or one checkpoint.
+
+    Returns:
+        ``thresholds`` (probabilities), ``min_volume_mm3`` and ``refine_regions``, each a list for ET, TC and WT;
+        ``DEFAULT_SETTINGS`` where there are no weights, or weights that were never tuned, such as fold checkpoints.
+
+    Raises:
+        CheckpointError: the weights of the whole cannot be read.
+    """
+    path = Path(weights_dir)
+    whole = path / "model.pt" if path.is_dir() else path
+    facts = read_checkpoint(whole)[1] if whole.is_file() else {}
+    return {name: list(facts.get(name, default)) for name, default in DEFAULT_SETTINGS.items()}
+
+
+def _facts(state: Mapping[str, torch.Tensor], provenance: dict[str, Any]) -> dict[str, Any]:
+    """Provenance, with the number of backbones that a CoMNeT really has."""
+    numbers = {name.split(".")[1] for name in state if name.startswith("backbones.")}
+    return provenance | ({"num_folds": len(numbers)} if numbers else {})
 
 
 def _expected_folds(weights_dir: Path) -> int:

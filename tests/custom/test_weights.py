@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from custom.checkpoints import CheckpointError, save_atomically
-from custom.weights import describe_weights, fold_checkpoint
+from custom.weights import describe_weights, fold_checkpoint, tuned_settings
 
 
 def write_fold(folder, fold, **facts):
@@ -54,3 +54,42 @@ def test_one_checkpoint_file_is_a_set_of_weights(tmp_path):
 def test_no_weights_is_an_error_that_says_what_to_do(tmp_path):
     with pytest.raises(CheckpointError, match=r"no weights in .*5 of 5.*comnet demo"):
         describe_weights(tmp_path)
+
+
+def write_comnet(path, num_backbones, **facts):
+    names = [f"backbones.{n}.stem.{part}" for n in range(num_backbones) for part in ("weight", "bias")]
+    save_atomically({"model": {name: torch.ones(1) for name in [*names, "corrector.alpha"]}, "provenance": facts}, path)
+
+
+def test_backbones_of_a_whole_ensemble_are_counted(tmp_path):
+    write_comnet(tmp_path / "model.pt", 12, num_folds=5, backbone="custom.mednext.mednext_tiny")
+    assert describe_weights(tmp_path).facts == {"num_folds": 12, "backbone": "custom.mednext.mednext_tiny"}
+
+
+def test_a_fold_network_of_the_corrector_has_one_backbone(tmp_path):
+    write_comnet(tmp_path / "fold2" / "model.pt", 1, num_folds=5)
+    assert describe_weights(tmp_path / "fold2" / "model.pt").facts["num_folds"] == 1
+
+
+def test_tuned_settings_come_from_the_weights_of_the_whole(tmp_path):
+    settings = {"thresholds": [0.4, 0.5, 0.6], "min_volume_mm3": [0.0, 50.0, 250.0]}
+    write_comnet(tmp_path / "model.pt", 5, **settings, refine_regions=[True, False, True])
+    assert tuned_settings(tmp_path) == settings | {"refine_regions": [True, False, True]}
+    assert tuned_settings(tmp_path / "model.pt") == tuned_settings(tmp_path)
+
+
+def test_untuned_weights_have_the_defaults(tmp_path):
+    expected = {"thresholds": [0.5] * 3, "min_volume_mm3": [50.0] * 3, "refine_regions": [True] * 3}
+    assert tuned_settings(tmp_path / "absent") == tuned_settings(tmp_path) == expected
+    write_fold(tmp_path, 0)
+    assert tuned_settings(tmp_path) == expected
+    write_comnet(tmp_path / "model.pt", 5)
+    settings = tuned_settings(tmp_path)
+    settings["thresholds"][0] = 0.1
+    assert tuned_settings(tmp_path) == expected
+
+
+def test_unreadable_weights_of_the_whole_are_named(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"half a file")
+    with pytest.raises(CheckpointError, match="model.pt is not a readable checkpoint"):
+        tuned_settings(tmp_path)
