@@ -126,7 +126,7 @@ class Cohort:
             return with_absolute_paths(datalist, self.dataset_dir)
         if not os.path.exists(self.datalist_file):
             datalist, self.exclusions = self._build()
-            table = write_datalist(datalist, self.exclusions, self.datalist_file)
+            table = write_datalist(datalist, self.exclusions, self.datalist_file, self.dataset_dir)
             logger.info("wrote %s and %s", self.datalist_file, table)
         datalist = load_datalist(self.datalist_file, self.dataset_dir)
         self._check_settings(datalist)

@@ -76,17 +76,61 @@ def build_datalist(
     return datalist, [replace(exclusion, file=_relative(exclusion.file, base)) for exclusion in exclusions]
 
 
-def write_datalist(datalist: dict[str, Any], exclusions: Iterable[Exclusion], datalist_file: PathLike) -> Path:
+def write_datalist(
+    datalist: dict[str, Any],
+    exclusions: Iterable[Exclusion],
+    datalist_file: PathLike,
+    dataset_dir: DatasetDir | None = None,
+) -> Path:
     """Write `datalist_file`, and next to it the exclusions (a header only when there are none), each whole or not.
+
+    Args:
+        datalist: as `build_datalist` returns it.
+        exclusions: what was left out.
+        datalist_file: JSON to write.
+        dataset_dir: the dataset it was built from; remembered relative to the datalist, see `dataset_of`.
 
     Returns:
         Path of the exclusion report.
     """
     path = Path(datalist_file)
+    if dataset_dir is not None:
+        datalist = _with_dataset(datalist, path, base_folder(dataset_dir))
     columns = [field.name for field in fields(Exclusion)]
     write_table(exclusions_file(path), columns, (asdict(exclusion) for exclusion in exclusions))
     write_text(path, json.dumps(datalist, indent=1) + "\n")
     return exclusions_file(path)
+
+
+def copy_datalist(source: PathLike, target: PathLike, dataset_dir: PathLike | None = None) -> Path:
+    """Copy a datalist, so that it still knows where its dataset is; return the dataset's folder.
+
+    Args:
+        source: datalist to copy.
+        target: file to write; left alone where it would not change.
+        dataset_dir: the dataset's folder, by default what `source` remembers.
+
+    Raises:
+        ValueError: no JSON, no items, or the folder is neither remembered nor given.
+        OSError: a file is absent or cannot be written; the folder given is absent or is none.
+    """
+    dataset = dataset_of(source) if dataset_dir is None else base_folder(dataset_dir)
+    text = json.dumps(_with_dataset(_read_json(source), Path(target), dataset), indent=1) + "\n"
+    if not os.path.exists(target) or Path(target).read_text(encoding="utf-8") != text:
+        write_text(target, text)
+    return dataset
+
+
+def dataset_of(datalist_file: PathLike) -> Path:
+    """Return the dataset's folder as the datalist remembers it: ``"dataset_dir"``, relative to the datalist's folder.
+
+    Raises:
+        ValueError: no JSON, no items, or the folder is not remembered.
+    """
+    datalist = _read_json(datalist_file)
+    if not isinstance(datalist.get("dataset_dir"), str):
+        raise ValueError(f"{datalist_file} does not say where its dataset is: give the folder with --dataset_dir")
+    return Path(os.path.normpath(Path(datalist_file).resolve().parent / datalist["dataset_dir"]))
 
 
 def exclusions_file(datalist_file: PathLike) -> Path:
@@ -126,6 +170,11 @@ def with_absolute_paths(datalist: dict[str, Any], dataset_dir: DatasetDir) -> di
         for item in datalist["training"]
     ]
     return datalist | {"training": items}
+
+
+def _with_dataset(datalist: dict[str, Any], path: Path, dataset: Path) -> dict[str, Any]:
+    """Copy of a datalist that remembers its dataset; real paths, because ``..`` behind a link leads elsewhere."""
+    return datalist | {"dataset_dir": _relative(str(dataset.resolve()), path.resolve().parent)}
 
 
 def _items(kept: list[tuple[Subject, dict[str, Any]]], base: Path, num_folds: int, seed: int) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import torch
 
 from custom import cli
 from custom.checkpoints import save_atomically
+from custom.cli.demo import _publish_weights
 from custom.mednext import mednext_tiny
 from custom.phantom import write_cohort
 from custom.weights import NUM_FOLDS, fold_checkpoint
@@ -111,17 +112,18 @@ def test_validate_writes_datalist_and_exclusions(dataset, tmp_path, capsys):
 
 def test_demo_does_not_replace_weights_of_someone_else(weights, tmp_path, capsys):
     models = tmp_path / "models"
-    cli._publish_weights(weights, models)
+    _publish_weights(weights, models)
     assert len(list(models.glob("fold*/model.pt"))) == NUM_FOLDS
     before = fold_checkpoint(models, 0).read_bytes()
     other = tmp_path / "other"
     shutil.copytree(weights, other)
     fold_checkpoint(other, 0).write_bytes(b"other")
-    cli._publish_weights(other, models)
+    _publish_weights(other, models)
     assert fold_checkpoint(models, 0).read_bytes() == before
     assert "left as they are" in capsys.readouterr().err
 
 
-def test_help_is_there():
-    result = subprocess.run([sys.executable, "-m", "custom.cli", "segment", "--help"], capture_output=True, text=True)
-    assert "output_dir" in result.stdout + result.stderr and result.returncode == 0
+@pytest.mark.parametrize("subcommand", ["segment", "crossval"])
+def test_help_is_there(subcommand):
+    result = subprocess.run([sys.executable, "-m", "custom.cli", subcommand, "--help"], capture_output=True, text=True)
+    assert "output_dir" in (result.stdout + result.stderr).lower() and result.returncode == 0

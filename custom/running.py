@@ -1,0 +1,94 @@
+"""How this package runs a bundle: as ``python -m monai.bundle run`` does, with the command in sight."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+
+def bundle_root(name: str) -> Path:
+    """Return the folder of a bundle: inside the installed package, else beside it in the repository."""
+    package = Path(__file__).resolve().parent
+    for bundles in (package / "bundles", package.parent / "bundles"):
+        if (bundles / name / "configs").is_dir():
+            return bundles / name
+    raise FileNotFoundError(f"bundle {name} is not installed: run from the repository or install the package again")
+
+
+def config_files(name: str, configs: Iterable[str | Path]) -> list[Path]:
+    """Return the paths of configs: a `Path` stays, a name is that of a file in the bundle's ``configs``."""
+    folder = bundle_root(name) / "configs"
+    return [config if isinstance(config, Path) else folder / config for config in configs]
+
+
+def run_bundle(name: str, *configs: str | Path, run_id: str = "run", **overrides: Any) -> None:
+    """Print and run ``python -m monai.bundle run`` for a bundle.
+
+    Args:
+        name: bundle, e.g. ``"comnet_ensemble"``.
+        configs: files as in `config_files`; each is laid over those before it.
+        run_id: what to run.
+        overrides: config values by name; a `Path` is printed relative to the working folder.
+
+    Raises:
+        ValueError: an override that no config knows, which MONAI would take in silence.
+    """
+    import monai.bundle
+
+    for chatty in ("monai.bundle.scripts", "monai.bundle.workflows"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="parsing config_file", category=UserWarning)  # our own configs
+
+    files = [str(file) for file in config_files(name, configs)]
+    _refuse_unknown(overrides, files)
+    print(bundle_command(name, *configs, run_id=run_id, **overrides), file=sys.stderr, flush=True)
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in overrides.items()}
+    root = str(bundle_root(name))
+    monai.bundle.run(run_id=run_id, config_file=files, workflow_type=None, **({"bundle_root": root} | values))
+
+
+def bundle_command(name: str, *configs: str | Path, run_id: str = "run", **overrides: Any) -> str:
+    """Return the shell command that does the same as `run_bundle`, from the working folder."""
+    files = [os.path.relpath(file) for file in config_files(name, configs)]
+    words = ["python", "-m", "monai.bundle", "run", *([] if run_id == "run" else [run_id])]
+    words += ["--config_file", files[0] if len(files) == 1 else str(files)]
+    for key, value in ({"bundle_root": bundle_root(name)} | overrides).items():
+        words += [f"--{key}", os.path.relpath(value) if isinstance(value, Path) else str(value)]
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    """Quote for a shell, with double quotes round lists of file names, so that people can read them."""
+    quoted = shlex.quote(word)
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else quoted
+
+
+def known_reason(error: BaseException) -> str | None:
+    """Find, in a chain of errors, the one that is about the user's input; ``None`` if it is a fault of ours."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) or type(found) is ValueError or _is_ours(found):
+            return str(found)
+        found = found.__cause__ or found.__context__
+    return None
+
+
+def _refuse_unknown(overrides: Mapping[str, Any], files: Sequence[str]) -> None:
+    known = {key.split("#")[0] for file in files for key in json.loads(Path(file).read_text(encoding="utf-8"))}
+    unknown = [key for key in overrides if key.split("#")[0] not in known]
+    if unknown:
+        close = get_close_matches(unknown[0], known, n=3)
+        advice = f"did you mean --{' or --'.join(close)}?" if close else f"options are the names in {files[0]}"
+        raise ValueError(f"unknown option --{unknown[0]}: {advice}")
+
+
+def _is_ours(error: BaseException) -> bool:
+    return type(error).__module__.startswith("custom.")
