@@ -99,8 +99,8 @@ class FrozenGuard:
     def _compare(self, engine: Engine) -> None:
         if state_digest(self.network) != self.digest:
             raise RuntimeError(
-                f"the frozen {type(self.network).__name__} has changed in epoch {engine.state.epoch}: something trains its "
-                "parameters or statistics; see what else holds them (optimizer, train mode)"
+                f"the frozen {type(self.network).__name__} has changed in epoch {engine.state.epoch}: something trains "
+                "its parameters or statistics; see what else holds them (optimizer, train mode)"
             )
 
 

@@ -1,4 +1,4 @@
-"""comnet_corrdiff from its configs: a frozen backbone, stages in turn, stopping and going on, scoring, two processes."""
+"""comnet_corrdiff from its configs: frozen backbone, stages in turn, stopping and going on, scoring, two processes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def settings(phantoms: Path, backbones: Path, models: Path, **overrides) -> dict
 
 def command(**options) -> list[str]:
     words = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(ROOT / "configs" / "train.json")]
-    return words + [word for key, value in {"bundle_root": ROOT, **options}.items() for word in (f"--{key}", str(value))]
+    return words + [
+        word for key, value in {"bundle_root": ROOT, **options}.items() for word in (f"--{key}", str(value))
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,9 @@ def test_an_ensemble_is_gathered_from_its_parts(tmp_path):
     facts = gather(network, [fold_checkpoint(tmp_path, fold) for fold in range(5)], tmp_path / "corrector.pt")
     assert [fact["fold"] for fact in facts] == [0, 1, 2, 3, 4, 2]
     assert torch.equal(network.backbones[3].weight, folds[3].weight)
-    assert all(torch.equal(a, b) for a, b in zip(network.corrector.parameters(), source.corrector.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(network.corrector.parameters(), source.corrector.parameters(), strict=True)
+    )
 
 
 def test_fold_checkpoints_leave_the_corrector_untrained(tmp_path):
