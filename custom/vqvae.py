@@ -44,7 +44,7 @@ class Codebook(nn.Module):
 
     Args:
         num_codes: size of the codebook.
-        dim: channels of a latent vector.
+        dim: channels of a code. A latent of n times as many channels is n codes a position, all of this book.
         decay: of the running means; 0.9 averages over about ten batches. 0.99 lagged behind the encoder and used fewer
             codes (a perplexity of 22 against 57 over 500 steps on real residuals).
         commitment: weight of the commitment term within L_vq; λ_vq scales the whole.
@@ -72,13 +72,13 @@ class Codebook(nn.Module):
         self.register_buffer("initialised", torch.tensor(False))
 
     def forward(self, latent: Tensor, update: bool = False) -> Quantised:
-        """Quantise `latent` `[B, C, *latent]`, and learn from it where `update` is set.
+        """Quantise `latent` `[B, n·dim, *latent]`, and learn from it where `update` is set.
 
         The value of L_vq is that of eq. 2, codebook plus commitment term. Running means minimise the former, which
         therefore has no gradient.
         """
         latent = latent.float()
-        vectors = latent.detach().movedim(1, -1).flatten(0, -2)  # (V, C)
+        vectors = latent.detach().movedim(1, -1).reshape(-1, self.codes.shape[1])  # (V, dim)
         if not torch.jit.is_scripting() and update and not bool(self.initialised):
             self.initialise(vectors)
         index = self.nearest(vectors)
@@ -135,10 +135,15 @@ class ResidualVQVAE(nn.Module):
 
     Args:
         num_regions: channels of the residual.
-        channels: of each level, multiples of 8; every level halves the resolution.
+        channels: of each level, multiples of 8.
         num_codes: size of the codebook.
         latent_channels: channels of a latent vector.
+        codes_per_vector: codes that make up one latent vector, side by side; must divide `latent_channels`.
+        stride: factor between levels; an even number.
         codebook: the quantiser; one of the sizes above if not given.
+
+    Raises:
+        ValueError: the codes do not fill a latent vector.
     """
 
     def __init__(
@@ -147,19 +152,21 @@ class ResidualVQVAE(nn.Module):
         channels: Sequence[int] = (32, 64),
         num_codes: int = 256,
         latent_channels: int = 8,
+        codes_per_vector: int = 1,
+        stride: int = 2,
         codebook: Codebook | None = None,
     ) -> None:
         super().__init__()
-        self.encoder = encoder(num_regions, channels, latent_channels)
-        self.codebook = Codebook(num_codes, latent_channels) if codebook is None else codebook
-        self.decoder = decoder(latent_channels, channels, num_regions)
+        self.encoder = encoder(num_regions, channels, latent_channels, stride)
+        self.codebook = Codebook(num_codes, latent_channels // codes_per_vector) if codebook is None else codebook
+        self.decoder = decoder(latent_channels, channels, num_regions, stride)
         self.num_regions = num_regions
-        self.latent_channels = int(self.codebook.codes.shape[1])
-        self.factor = 2 ** len(channels)
-        if self.latent_channels != latent_channels:
+        self.latent_channels = latent_channels
+        self.factor = stride ** len(channels)
+        if (width := int(self.codebook.codes.shape[1])) * codes_per_vector != latent_channels:
             raise ValueError(
-                f"the codebook's vectors have {self.latent_channels} channels and the encoder's {latent_channels}: "
-                "give both the same"
+                f"{codes_per_vector} codes of {width} channels do not fill a latent vector of {latent_channels}: "
+                "choose channels that codes_per_vector divides, and a codebook as wide as that leaves"
             )
 
     def encode(self, residual: Tensor) -> Tensor:
@@ -179,22 +186,22 @@ class ResidualVQVAE(nn.Module):
         return crop_like(self.decode(quantised.latent), residual), quantised
 
 
-def encoder(in_channels: int, channels: Sequence[int], out_channels: int) -> nn.Sequential:
+def encoder(in_channels: int, channels: Sequence[int], out_channels: int, stride: int = 2) -> nn.Sequential:
     """A strided convolution and a residual block for each level, then a projection."""
     layers: list[nn.Module] = []
     for width in channels:
-        layers += [nn.Conv3d(in_channels, width, 4, 2, 1), residual_block(width)]
+        layers += [nn.Conv3d(in_channels, width, 2 * stride, stride, stride // 2), residual_block(width)]
         in_channels = width
     return nn.Sequential(*layers, *activated(in_channels), nn.Conv3d(in_channels, out_channels, 3, padding=1))
 
 
-def decoder(in_channels: int, channels: Sequence[int], out_channels: int) -> nn.Sequential:
+def decoder(in_channels: int, channels: Sequence[int], out_channels: int, stride: int = 2) -> nn.Sequential:
     """The encoder in reverse; its last layer starts at zero, so that an untrained one decodes "no residual"."""
     widths = list(reversed(channels))
     layers: list[nn.Module] = [nn.Conv3d(in_channels, widths[0], 3, padding=1), residual_block(widths[0])]
     for above, width in itertools.pairwise(widths):
-        layers += [nn.ConvTranspose3d(above, width, 4, 2, 1), residual_block(width)]
-    last = nn.ConvTranspose3d(widths[-1], out_channels, 4, 2, 1)
+        layers += [nn.ConvTranspose3d(above, width, 2 * stride, stride, stride // 2), residual_block(width)]
+    last = nn.ConvTranspose3d(widths[-1], out_channels, 2 * stride, stride, stride // 2)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return nn.Sequential(*layers, *activated(widths[-1]), last)

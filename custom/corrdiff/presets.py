@@ -16,7 +16,11 @@ def corrdiff_base(**options: Any) -> CorrDiff:
 
 
 def corrdiff_tiny(**options: Any) -> CorrDiff:
-    """CorrDiff with narrow layers, for demonstrations at 2 mm on a CPU; `options` as in :func:`corrdiff_base`."""
-    tokeniser = ResidualVQVAE(channels=(16, 32), num_codes=128)
-    diffusion = LatentDiffusion(Denoiser(tokeniser.latent_channels, guide_channels=16, channels=(24, 48)))
-    return CorrDiff(tokeniser, diffusion, guide_channels=16, **options)
+    """CorrDiff for demonstrations at 2 mm on a CPU: no layer but the first and last above the latent grid.
+
+    Args:
+        options: passed on to :class:`CorrDiff`, as for :func:`corrdiff_base`.
+    """
+    tokeniser = ResidualVQVAE(channels=(32,), stride=4, latent_channels=32, codes_per_vector=4)
+    diffusion = LatentDiffusion(Denoiser(tokeniser.latent_channels, channels=(32, 64)))
+    return CorrDiff(tokeniser, diffusion, **options)

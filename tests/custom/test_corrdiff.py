@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 from numpy.testing import assert_allclose
+from scipy import ndimage
 from torch import nn
 
 from custom.corrdiff import (
@@ -20,9 +22,13 @@ from custom.corrdiff import (
     binary_entropy,
     brain_mask,
     condition,
+    corrdiff_base,
+    corrdiff_tiny,
     reverse_timesteps,
 )
 from custom.corrdiff_loss import CorrDiffLoss
+from custom.phantom import simulate
+from custom.transforms import label_map_to_regions
 from custom.vqvae import ResidualVQVAE
 
 SHAPE = (16, 16, 16)
@@ -70,7 +76,7 @@ class Oracle(nn.Module):
 
 def oracle_sample(**changes) -> tuple[torch.Tensor, Oracle]:
     oracle = Oracle()
-    diffusion = LatentDiffusion(oracle, **changes)
+    diffusion = LatentDiffusion(oracle, prediction="epsilon", **changes)
     guide = torch.ones(1, 1, 60, 60, 60)
     guide.view(-1)[:200] = torch.tensor(diffusion.signal)
     return diffusion.sample(guide, torch.Generator().manual_seed(0)), oracle
@@ -106,10 +112,24 @@ class Gaussian(nn.Module):
         return float(np.sqrt(1 - self.signal[int(timesteps[0])])) * noisy
 
 
+class Silent(nn.Module):
+    """An untrained denoiser."""
+
+    latent_channels = 1
+
+    def forward(self, noisy, timesteps, guide):
+        return 0 * noisy
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_sampler_follows_the_posterior_of_a_gaussian(eta):
-    """Each step is linear in a Gaussian here, so its variance is known in closed form, noise and rounding apart."""
-    sample = LatentDiffusion(Gaussian(), eta=eta).sample(torch.ones(1, 1, 60, 60, 60), torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("denoiser", "prediction"), [(Gaussian(), "epsilon"), (Silent(), "v_prediction")])
+def test_sampler_follows_the_posterior_of_a_gaussian(denoiser, prediction, eta):
+    """Each step is linear in a Gaussian here, so its variance is known in closed form, noise and rounding apart.
+
+    An untrained denoiser of velocities is that of N(0, 1).
+    """
+    diffusion = LatentDiffusion(denoiser, eta=eta, prediction=prediction)
+    sample = diffusion.sample(torch.ones(1, 1, 60, 60, 60), torch.Generator().manual_seed(0))
     bar, variance = np.cumprod(1 - np.linspace(5e-4, 0.1, 200)), 1.0
     for t in range(199, 0, -8):
         now, then = bar[t], bar[t - 8] if t > 7 else 1.0
@@ -137,6 +157,26 @@ def test_forward_process_and_its_inverse():
     assert_allclose(noisy.numpy(), np.sqrt(signal) * clean.numpy() + np.sqrt(1 - signal) * noise.numpy(), rtol=1e-3)
     torch.testing.assert_close(diffusion.clean(noisy, noise, steps), clean, atol=1e-4, rtol=1e-3)
     assert_allclose(diffusion.signal_at(steps).numpy(), signal.ravel(), rtol=1e-4)
+
+
+def test_velocity_gives_the_noise_it_was_made_of():
+    diffusion, steps = LatentDiffusion(Silent()), torch.tensor([7, 150, 199])
+    clean, noise = torch.randn(2, 3, 1, 4, 4, 4)
+    bar = np.cumprod(1 - np.linspace(5e-4, 0.1, 200))[[7, 150, 199]].reshape(3, 1, 1, 1, 1)
+    velocity = torch.from_numpy(np.sqrt(bar) * noise.numpy() - np.sqrt(1 - bar) * clean.numpy()).float()
+    diffusion.denoiser.forward = lambda noisy, timesteps, guide: velocity
+    found = diffusion.predict_noise(diffusion.add_noise(clean, noise, steps), steps, clean)
+    torch.testing.assert_close(found, noise, atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="no prediction 'sample': choose one of v_prediction, epsilon"):
+        LatentDiffusion(Silent(), prediction="sample")
+
+
+def test_timesteps_of_a_subject_come_from_all_parts_of_the_schedule():
+    torch.manual_seed(0)
+    drawn = LatentDiffusion(Silent()).draw_timesteps(500, 4).view(500, 4).numpy()
+    assert (np.sort(drawn // 50, axis=1) == np.arange(4)).all()
+    assert abs(drawn[:, 0].mean() - 99.5) < 10
+    assert (drawn.min(), drawn.max()) == (0, 199)
 
 
 def test_entropy_is_in_bits_and_safe_at_the_extremes():
@@ -294,7 +334,7 @@ def test_training_outputs_are_the_residual_and_the_noise():
     network, (image, coarse, target) = tiny(), subject(batch=2)
     outputs = network.training_step(image, coarse, target)
     torch.testing.assert_close(outputs.residual, target - 1 / (1 + torch.exp(-coarse)))
-    assert outputs.noise.shape == outputs.predicted_noise.shape == (2, 4, 4, 4, 4)
+    assert outputs.noise.shape == outputs.predicted_noise.shape == (8, 4, 4, 4, 4)
     assert outputs.signal.shape == (2,)
     assert torch.equal(outputs.refined, coarse)
 
@@ -305,27 +345,55 @@ def test_alpha_leaves_zero_by_its_own_gradient():
     assert (network.alpha.grad != 0).all()
 
 
-def test_overfits_one_damaged_subject():
-    network, (image, coarse, target) = tiny(), subject(batch=2)
-    loss, optimiser = CorrDiffLoss(), torch.optim.Adam(network.parameters(), 3e-3)
-    history = []
-    for step in range(130):
-        stage = "vq" if step < 40 else "diffusion"
-        total = loss(network.training_step(image, coarse, target, stage), target)
+def test_overfits_a_damaged_phantom_and_needs_its_denoiser():
+    """Coarse logits lack half of the tumour, have a false island, are shifted and blurred."""
+    image, coarse, target = damaged_phantom()
+    torch.manual_seed(0)
+    tokeniser = ResidualVQVAE(channels=(16,), stride=4, num_codes=64, latent_channels=16, codes_per_vector=2)
+    network = CorrDiff(tokeniser, LatentDiffusion(Denoiser(16, 16, channels=(16, 32))), guide_channels=16)
+    untrained = copy.deepcopy(network.diffusion.denoiser)
+    fit(network, (image, coarse, target), "vq", 80)
+    residual = target - coarse.sigmoid()
+    reconstruction, wrong = network.tokenise(residual, learn=False)[0].reconstruction, residual.abs() > 0.1
+    assert (reconstruction - residual)[wrong].abs().mean() < 0.5 * residual[wrong].abs().mean()
+    network.freeze_tokeniser()
+    history = fit(network, (image, coarse, target), "diffusion", 60)
+    before, after = dice(coarse, target), dice(network(image, coarse), target)
+    network.diffusion.denoiser = untrained
+    assert before < 0.5
+    assert after > 0.8
+    assert dice(network(image, coarse), target) < before + 0.1
+    assert np.mean(history[-15:]) < 0.5 * np.mean(network.diffusion.signal)  # the latter without training
+
+
+def damaged_phantom() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Image, coarse logits and regions of one phantom at 4.5 mm."""
+    image, labels = simulate((32, 40, 32), (4.5, 4.5, 4.5), seed=3)
+    target = label_map_to_regions(torch.from_numpy(labels)).float()
+    damaged = target.numpy().copy()
+    damaged[:, : int(np.argwhere(damaged[2])[:, 0].mean()) - 2] = 0
+    damaged = np.roll(damaged, 2, axis=2)
+    damaged[:, 4:8, 18:22, 14:18] = 1
+    blurred = np.stack([ndimage.gaussian_filter(region, 1.0) for region in damaged])
+    coarse = torch.logit(torch.from_numpy(blurred), eps=0.002)
+    return torch.from_numpy(image / image.max() * 4)[None], coarse[None], target[None]
+
+
+def fit(network: CorrDiff, subject: tuple[torch.Tensor, ...], stage: str, steps: int) -> list[float]:
+    """Train, and return L_diff of each step."""
+    loss, history = CorrDiffLoss(), []
+    optimiser = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], 5e-3)
+    for _ in range(steps):
         optimiser.zero_grad()
-        total.backward()
+        loss(network.training_step(*subject, stage), subject[-1]).backward()
         optimiser.step()
-        history.append(loss.logged)
-    assert mean(history[35:40], "recon") < 0.6 * mean(history[:3], "recon")
-    assert mean(history[-15:], "diff") < 0.75 * mean(history[40:50], "diff")
-    before, after = (
-        nn.functional.binary_cross_entropy_with_logits(x, target) for x in (coarse, network(image, coarse))
-    )
-    assert after < 0.9 * before
+        history.append(loss.logged["diff"].item())
+    return history
 
 
-def mean(history: list[dict[str, torch.Tensor]], term: str) -> float:
-    return float(np.mean([terms[term].item() for terms in history]))
+def dice(logits: torch.Tensor, target: torch.Tensor) -> float:
+    found, truth = (logits > 0).flatten(2), (target > 0).flatten(2)
+    return (2 * (found & truth).sum(2) / (found.sum(2) + truth.sum(2))).mean().item()
 
 
 def test_state_dict_goes_round_without_pickle():
@@ -364,6 +432,7 @@ def test_a_bundle_can_build_it_from_json():
             "diffusion": "@diffusion",
             "guide_channels": 16,
         },
+        "preset": {"_target_": "custom.corrdiff.corrdiff_tiny", "num_samples": 3, "seed": 7},
         "loss": {"_target_": "custom.corrdiff_loss.CorrDiffLoss", "lambda_vq": 0.25},
     }
     parser = ConfigParser(config)
@@ -371,6 +440,18 @@ def test_a_bundle_can_build_it_from_json():
     network = parser.get_parsed_content("corrector")
     total = parser.get_parsed_content("loss")(network.training_step(image, coarse, target), target)
     assert torch.isfinite(total)
+    preset = parser.get_parsed_content("preset")
+    assert (preset.num_samples, preset.seed) == (3, 7)
+
+
+@pytest.mark.parametrize("preset", [corrdiff_tiny, corrdiff_base])
+def test_presets_train_script_and_start_as_no_op(preset):
+    network, (image, coarse, target) = preset(num_samples=2).eval(), subject()
+    assert torch.equal(network(image, coarse), coarse)
+    network.training_step(image, coarse, target, "vq")
+    assert torch.isfinite(CorrDiffLoss()(network.training_step(image, coarse, target, "diffusion"), target))
+    nn.init.constant_(network.alpha, 0.1)
+    torch.testing.assert_close(torch.jit.script(network)(image, coarse), network(image, coarse))
 
 
 def test_parts_that_do_not_fit_are_refused():
@@ -378,6 +459,8 @@ def test_parts_that_do_not_fit_are_refused():
         CorrDiff(diffusion=LatentDiffusion(Denoiser(6)))
     with pytest.raises(ValueError, match="at least one"):
         CorrDiff(num_samples=0)
+    with pytest.raises(ValueError, match="train at least one"):
+        CorrDiff(timesteps_per_subject=0)
 
 
 def test_condition_encoder_reaches_the_latent_grid():

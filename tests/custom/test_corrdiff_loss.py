@@ -45,7 +45,7 @@ def weighed(loss: CorrDiffLoss, *batch) -> tuple[torch.Tensor, dict[str, torch.T
 
 def test_each_term_and_their_weighted_sum_are_equation_2():
     outputs, target = sample()
-    total, terms = weighed(CorrDiffLoss(), outputs, target)
+    total, terms = weighed(CorrDiffLoss(residual_emphasis=0.0, fade_with_noise=True), outputs, target)
     diff = np.mean((outputs.noise - outputs.predicted_noise).numpy() ** 2)
     recon = np.mean(np.abs((outputs.residual - outputs.reconstruction).numpy()))
     weighted = np.mean(np.array([0.9, 0.2]) * seg(outputs.refined.numpy(), target.numpy()))
@@ -71,9 +71,11 @@ def test_stage_without_diffusion_has_reconstruction_and_quantisation_only():
     assert_allclose(total.item(), terms["recon"].item() + 0.25 * 0.8, rtol=1e-6)
 
 
-def test_segmentation_term_fades_with_the_signal():
+def test_segmentation_term_fades_with_the_signal_only_where_asked():
     outputs, target = sample(signal=torch.tensor([0.0, 0.0]))
-    assert weighed(CorrDiffLoss(), outputs, target)[1]["seg"] == 0
+    assert weighed(CorrDiffLoss(fade_with_noise=True), outputs, target)[1]["seg"] == 0
+    full = seg(outputs.refined.numpy(), target.numpy()).mean()
+    assert_allclose(weighed(CorrDiffLoss(), outputs, target)[1]["seg"].item(), full, rtol=1e-5)
 
 
 def test_empty_region_predicted_empty_costs_nothing():

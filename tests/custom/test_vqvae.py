@@ -171,6 +171,30 @@ def test_state_dict_goes_round_without_pickle():
     assert torch.equal(target(residual)[0], source(residual)[0])
 
 
-def test_codebook_of_another_width_is_refused():
-    with pytest.raises(ValueError, match="6 channels and the encoder's 4"):
+def test_codes_that_do_not_fill_a_latent_vector_are_refused():
+    with pytest.raises(ValueError, match="1 codes of 6 channels do not fill a latent vector of 4"):
         tiny(codebook=Codebook(16, 6))
+    with pytest.raises(ValueError, match="3 codes of 1 channels do not fill a latent vector of 4"):
+        tiny(codes_per_vector=3)
+
+
+def test_a_latent_vector_may_be_several_codes_side_by_side():
+    book, latent = Codebook(8, 2), mixture()
+    found = book(latent)
+    pairs, codes = latent[0].flatten(1).T.numpy().reshape(-1, 2, 2), book.codes.numpy()
+    index = ((pairs[:, :, None] - codes) ** 2).sum(3).argmin(2)
+    expected = np.concatenate([codes[index[:, 0]], codes[index[:, 1]]], 1)
+    assert_allclose(found.latent[0].flatten(1).T.numpy(), expected, atol=1e-5)
+    share = np.bincount(index.ravel(), minlength=8) / index.size
+    assert_allclose(found.perplexity, np.exp(-np.sum(share[share > 0] * np.log(share[share > 0]))), rtol=1e-5)
+
+
+def test_one_level_of_stride_4_reaches_the_grid_of_two_of_stride_2():
+    network, residual = (
+        tiny(channels=(16,), stride=4, latent_channels=8, codes_per_vector=2),
+        torch.zeros(1, 3, 9, 16, 8),
+    )
+    reconstruction, quantised = network(residual)
+    assert network.factor == 4
+    assert quantised.latent.shape == (1, 8, 3, 4, 2)
+    assert reconstruction.shape == residual.shape
