@@ -17,7 +17,7 @@ after=()
 for file in "$run"/commands/*.txt; do
   stage=$(basename "$file" .txt)
   # Exit code 3 says that some subjects could not be scored: a warning, as in comnet crossval.
-  job=$(sbatch --parsable "$@" "${after[@]}" \
+  job=$(sbatch --parsable "$@" ${after[@]+"${after[@]}"} \
     --job-name="$stage" --array="1-$(wc -l <"$file")" --output="$run/logs/${stage}_%a.log" \
     --wrap="bash -c \"\$(sed -n \"\${SLURM_ARRAY_TASK_ID}p\" '$file')\" || [ \$? -eq 3 ]")
   echo "$stage: job ${job%%;*}"

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..files import file_sha256
 from ..running import bundle_command, config_files, run_bundle
+from .overlays import key_parts
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,16 @@ class Job:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _config_contents(self) -> list[Any]:
-        files = config_files(self.bundle, self.configs) if self.bundle else []
-        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        """Contents of the configs; of a user's file, which is laid over all of them, only what these ones know."""
+        if self.bundle is None:
+            return []
+        files = zip(self.configs, config_files(self.bundle, self.configs), strict=True)
+        contents = [(config, json.loads(file.read_text(encoding="utf-8"))) for config, file in files]
+        known = {key for config, content in contents if not isinstance(config, Path) for key in content}
+        return [
+            {key: value for key, value in content.items() if not isinstance(config, Path) or key_parts(key)[0] in known}
+            for config, content in contents
+        ]
 
     def _place(self, path: Path) -> str | None:
         inside = path.is_relative_to(self.run_dir)

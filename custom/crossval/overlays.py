@@ -87,7 +87,7 @@ def _is_own(name: str) -> bool:
 def _check(name: str, content: Mapping[str, Any]) -> None:
     bases = [_merged(config_files(bundle, configs)) for bundle, *configs in RUNS]
     for key in content:
-        root = _parts(key)[0]
+        root = key_parts(key)[0]
         if root in OWN_KEYS:
             raise ValueError(f"{name}: `comnet crossval` sets {root} itself{OWN_KEYS[root]}: take it out")
         if not any(root in base and _fits(key, base) for base in bases):
@@ -109,17 +109,18 @@ def _read(path: Path) -> dict[str, Any]:
 def _merged(files: Iterable[Path]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for file in files:
-        content |= {key: value for key, value in _read(file).items() if len(_parts(key)) == 1}
+        content |= {key: value for key, value in _read(file).items() if len(key_parts(key)) == 1}
     return content
 
 
-def _parts(key: str) -> list[str]:
+def key_parts(key: str) -> list[str]:
+    """Split a config key into the names it goes through: MONAI writes ``train#dataset#data`` or ``train::dataset``."""
     return key.lstrip("+").replace("::", "#").split("#")
 
 
 def _fits(key: str, base: Any) -> bool:
     """Whether MONAI can set ``key``: all that it is inside of must be there; a name at the top can always be set."""
-    for part in _parts(key)[:-1]:
+    for part in key_parts(key)[:-1]:
         if isinstance(base, list):
             base = dict(enumerate(base)).get(int(part)) if part.isdigit() else None
         else:

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +107,11 @@ class WorkerProcess:
 
     def submit(self, job: Job, log: Path) -> Future[Outcome]:
         """Start the job; the future breaks if the process dies."""
-        return self._executor.submit(run_job, job, log)
+        try:
+            return self._executor.submit(run_job, job, log)
+        except BrokenProcessPool:  # it died between two jobs
+            self.restart()
+            return self._executor.submit(run_job, job, log)
 
     def restart(self) -> None:
         """Start the process; after its death, another one."""

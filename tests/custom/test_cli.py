@@ -12,7 +12,7 @@ import torch
 
 from custom import cli
 from custom.checkpoints import save_atomically
-from custom.cli.demo import _publish_weights
+from custom.cli.demo import PHANTOM_NOTE, _publish
 from custom.mednext import mednext_tiny
 from custom.phantom import write_cohort
 from custom.weights import NUM_FOLDS, fold_checkpoint
@@ -110,16 +110,20 @@ def test_validate_writes_datalist_and_exclusions(dataset, tmp_path, capsys):
     assert "monai.bundle run check_data" in capsys.readouterr().err
 
 
-def test_demo_does_not_replace_weights_of_someone_else(weights, tmp_path, capsys):
-    models = tmp_path / "models"
-    _publish_weights(weights, models)
-    assert len(list(models.glob("fold*/model.pt"))) == NUM_FOLDS
-    before = fold_checkpoint(models, 0).read_bytes()
-    other = tmp_path / "other"
-    shutil.copytree(weights, other)
-    fold_checkpoint(other, 0).write_bytes(b"other")
-    _publish_weights(other, models)
-    assert fold_checkpoint(models, 0).read_bytes() == before
+def checkpoint(path, notes):
+    save_atomically({"model": mednext_tiny().state_dict(), "provenance": {"num_folds": 1, "notes": notes}}, path)
+    return path
+
+
+def test_demo_replaces_its_own_weights_but_not_those_of_someone_else(tmp_path, capsys):
+    target = tmp_path / "models" / "model.pt"
+    _publish(checkpoint(tmp_path / "first.pt", PHANTOM_NOTE), target)
+    second = checkpoint(tmp_path / "second.pt", PHANTOM_NOTE)
+    _publish(second, target)
+    assert target.read_bytes() == second.read_bytes() != (tmp_path / "first.pt").read_bytes()
+    mine = checkpoint(target, "mine").read_bytes()
+    _publish(second, target)
+    assert target.read_bytes() == mine
     assert "left as they are" in capsys.readouterr().err
 
 

@@ -113,6 +113,16 @@ class TestPlan:
         for name in ("train_backbones", "train_correctors", "ensemble"):
             assert {options(job)["--notes"] for job in stages[name].jobs} == {"phantoms only"}
 
+    def test_a_setting_that_only_the_corrector_knows_leaves_the_backbones_as_they_are(self, subjects, tmp_path):
+        mine = tmp_path / "mine.json"
+        digests = []
+        for epochs in (1, 2):
+            mine.write_text(json.dumps({"vq_epochs": epochs, "spacing": [2.0, 2.0, 2.0]}))
+            stages = plan(subjects, tmp_path / "run", overlays=[str(mine)])
+            digests.append({name: [job.digest() for job in stage.jobs] for name, stage in stages.items()})
+        changed = [name for name in STAGES if digests[0][name] != digests[1][name]]
+        assert changed == ["predict_coarse", "train_correctors"]
+
     def test_models_can_be_chosen(self, subjects, tmp_path):
         assert choose_models(["comnet"]) == ("mednext", "comnet")
         assert list(plan(subjects, tmp_path, ["segresnet"])) == ["train_backbones", "score_backbones", "report"]

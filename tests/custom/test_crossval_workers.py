@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,18 @@ class TestWorkers:
         finally:
             worker.kill()
 
+    def test_a_worker_that_died_between_two_jobs_is_replaced(self, tmp_path):
+        worker = WorkerProcess(None, 1)
+        try:
+            os.kill(worker._pid, signal.SIGKILL)
+            with pytest.raises(BrokenProcessPool):
+                while True:
+                    worker._executor.submit(os.getpid).result(timeout=20)
+            outcome = worker.submit(Job("report", tmp_path), tmp_path / "log").result(timeout=120)
+            assert "no scores" in outcome.failure
+        finally:
+            worker.kill()
+
     def test_a_worker_sees_one_gpu_and_its_share_of_threads_and_ends_with_its_parent(self, tmp_path):
         with parent_of(tmp_path, GPU_AND_THREADS) as parent:
             gpu, threads, pid = (parent.stdout.readline().strip() for _ in range(3))
@@ -84,6 +97,7 @@ if __name__ == "__main__":
 SLOW_JOBS = """
 import os, sys, time
 from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from custom.crossval.execute import execute
 from custom.crossval.job import Job, Stage
