@@ -47,8 +47,8 @@ def save_atomically(content: Any, path: str | Path) -> None:
     Raises:
         OSError: the folder cannot be written; no partial file is left.
     """
-    with whole_file(path) as temporary:
-        torch.save(content, temporary)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)  # not the path: PyTorch would write the temporary name into the file
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -181,7 +181,7 @@ def _representative(path: Path, run: Run, dataset_dir: PathLike | None, palette:
             item["label"],
             title=subject,
             subtitle=f"{model}, fold {score['fold']}, mean Dice {mean_dice(score):.3f}",
-            weights_note=run.notes[model],
+            weights_note=run.weights(model, subject),
             palette=palette,
             reference_palette=item["palette"],
         )

@@ -52,6 +52,10 @@ class Run:
         key = next(key for key, name in MODELS.items() if name == model)
         return self.folder / key / "scores" / subject / f"{subject}_{ending}"
 
+    def weights(self, model: str, subject: str) -> str:
+        """What the weights are that a subject was segmented with."""
+        return str(_read(self.file(model, subject, "").with_name("record.json")).get("weights", ""))
+
 
 def read_run(run_dir: str | os.PathLike[str]) -> Run:
     """Reads `<model>/scores/<subject>/record.json` of every model, `datalist.json` and `ensemble/tuning.json`.

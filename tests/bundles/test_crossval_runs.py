@@ -37,6 +37,7 @@ def crossval(words: list[str], run_dir: Path) -> multiprocessing.Process:
 
 def _one_thread(words: list[str], run_dir: Path) -> None:
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     cli.main([*words, "--output_dir", str(run_dir)])
 
 

@@ -95,7 +95,7 @@ if __name__ == "__main__":
     time.sleep(60)
 """
 SLOW_JOBS = """
-import os, sys, time
+import os, signal, sys, time
 from dataclasses import dataclass
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -114,6 +114,7 @@ class Slow(Job):
 
 run_dir, TERMINAL = Path(sys.argv[1]), f"/proc/{os.getppid()}/fd/1"
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     slow = [Slow(f"slow{number}", run_dir, seconds=60) for number in range(2)]
     try:
         execute([Stage("first", (Slow("quick", run_dir),)), Stage("last", tuple(slow))], run_dir, jobs=2)
