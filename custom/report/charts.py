@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 MODEL_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 INK, GRID = "#222222", "#d9dde2"
+ROOM_FOR_LABELS = 3
+"""With more models than this, the figures over their bars are written upright."""
 
 
 def dice_bars(scores: Sequence[Mapping[str, Any]]) -> Figure:
@@ -24,7 +26,7 @@ def dice_bars(scores: Sequence[Mapping[str, Any]]) -> Figure:
     models = models_of(scores)
     figure = Figure(figsize=(8, 4.2), dpi=130, layout="constrained")
     axes = figure.subplots()
-    width = 0.8 / len(models)
+    width, upright = 0.8 / len(models), len(models) > ROOM_FOR_LABELS
     several = has_several_folds(scores)
     for index, model in enumerate(models):
         values = fold_means(scores, model)
@@ -34,10 +36,10 @@ def dice_bars(scores: Sequence[Mapping[str, Any]]) -> Figure:
         errors = {"yerr": deviations, "capsize": 4, "ecolor": INK} if several else {}
         bars = axes.bar(centres, np.nan_to_num(means), 0.92 * width, color=colour, label=model, **errors)
         labels = ["–" if np.isnan(mean) else f"{mean:.3f}" for mean in means]
-        axes.bar_label(bars, labels, padding=2, color=INK, fontsize=8)
+        axes.bar_label(bars, labels, padding=2, color=INK, fontsize=8, rotation=90 * upright)
     axes.set_xticks(range(len(COLUMNS)), COLUMNS)
     _finish(axes, "Dice, mean ± sd over folds" if several else "Dice")
-    axes.set_ylim(0, 1.08)
+    axes.set_ylim(0, 1.2 if upright else 1.08)
     figure.legend(loc="outside upper center", ncols=min(len(models), 4), frameon=False)
     return figure
 

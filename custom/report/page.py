@@ -171,7 +171,7 @@ a { color: var(--accent); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--faint); padding-bottom: .35rem; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-td { overflow-wrap: anywhere; }
+td { overflow-wrap: break-word; }
 .name { white-space: nowrap; }
 thead th { border-bottom: 2px solid var(--ink); white-space: nowrap; }
 th.number, td.number { text-align: right; white-space: nowrap; }
