@@ -71,7 +71,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict")
     state = content.get(MODEL_KEY, content)
-    return dict(state), dict(content.get(PROVENANCE_KEY, {}) if state is not content else {})
+    if state is content:  # a released checkpoint is a plain state dict: see custom.packing.plain_state_dict
+        return dict(state), dict(getattr(content, "_metadata", {}).get(PROVENANCE_KEY, {}))
+    return dict(state), dict(content.get(PROVENANCE_KEY, {}))
 
 
 def load_network(network: nn.Module, path: str | Path) -> dict[str, Any]:

@@ -168,6 +168,7 @@ class Ledger:
             write_text(self._path(name, RECORD_NAME), json.dumps(self.records[name], indent=2))
 
     def _success(self, name: str, output: Mapping[str, Any]) -> dict[str, Any]:
+        self.items.setdefault(name, {"subject": name, "image": output["image"].meta["filename_or_obj"]})
         label_map, palette = output["pred"], self.settings["output_palette"]
         spacing = np.asarray(label_map.pixdim, dtype=float)
         volumes = region_volumes(np.asarray(label_map[0].cpu()), float(np.prod(spacing)), palette)

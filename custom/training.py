@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
@@ -15,11 +14,8 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import DiskSaver
 from monai.data import set_rnd
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
-
-from .checkpoints import CheckpointError, save_atomically
 
 logger = logging.getLogger("comnet")
 
@@ -160,81 +156,6 @@ class EarlyStopHandler(monai.handlers.EarlyStopHandler):
     def exhausted(self) -> bool:
         """Whether patience has run out."""
         return self._handler.counter >= self._handler.patience
-
-
-class Resumer:
-    """Save everything that training needs to go on after each epoch, and go on from it.
-
-    The file is written whole or not at all after every other handler of the epoch has run: put this handler last.
-
-    Args:
-        path: file of the last epoch's state.
-        objects: objects with ``state_dict`` and ``load_state_dict``, by key.
-        validator: evaluator whose best metric is carried over.
-        stopper: early stopping; training that it had ended does not start again.
-        enabled: ``False`` starts anew and replaces the file.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        objects: Mapping[str, Any],
-        validator: Engine | None = None,
-        stopper: EarlyStopHandler | None = None,
-        enabled: bool = True,
-    ) -> None:
-        self.path = Path(path)
-        self.objects = dict(objects) | ({"stopper": stopper} if stopper is not None else {})
-        self.validator = validator
-        self.stopper = stopper
-        self.enabled = enabled
-
-    def attach(self, engine: Engine) -> None:
-        """Restore when ``engine`` starts, save when each of its epochs is complete."""
-        engine.add_event_handler(Events.STARTED, self.restore)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
-
-    def save(self, engine: Engine) -> None:
-        """Write the state after an epoch (rank 0 only)."""
-        if idist.get_rank() != 0:
-            return
-        state = {key: _unwrapped(item).state_dict() for key, item in self.objects.items()}
-        state["progress"] = {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
-        if self.validator is not None:
-            best = self.validator.state
-            state["best"] = {"metric": float(best.best_metric), "epoch": int(best.best_metric_epoch)}
-        save_atomically(state, self.path)
-
-    def restore(self, engine: Engine) -> None:
-        """Go on from the file if there is one.
-
-        Raises:
-            CheckpointError: the file was written by another network or configuration.
-        """
-        if not (self.enabled and self.path.is_file()):
-            return
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
-        try:
-            for key, item in self.objects.items():
-                _unwrapped(item).load_state_dict(state[key])
-        except (KeyError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(
-                f"{self.path} was written by another configuration ({reason}): name another output folder, or start "
-                "anew with --resume False"
-            ) from error
-        engine.state.epoch = state["progress"]["epoch"]
-        engine.state.iteration = state["progress"]["iteration"]
-        if self.validator is not None:
-            self.validator.state.best_metric = state["best"]["metric"]
-            self.validator.state.best_metric_epoch = state["best"]["epoch"]
-        logger.info("resumed after epoch %d from %s", engine.state.epoch, self.path)
-        if self.stopper is not None and self.stopper.exhausted:
-            engine.terminate()
-
-
-def _unwrapped(item: Any) -> Any:
-    return item.module if isinstance(item, DistributedDataParallel) else item
 
 
 class ProgressBar:

@@ -48,16 +48,16 @@ def fold_checkpoint(weights_dir: str | Path, fold: int) -> Path:
 
 
 def weight_files(weights_dir: str | Path, num_folds: int = NUM_FOLDS) -> list[Path]:
-    """Find the weights in a folder: one ``model.pt`` of the whole ensemble, else one checkpoint a fold.
+    """Find the weights in a folder: one checkpoint a fold, else one ``model.pt``.
 
     Raises:
         CheckpointError: neither is there, or a fold is missing; says which.
     """
     whole = Path(weights_dir) / "model.pt"
-    if whole.is_file():
-        return [whole]
     folds = [fold_checkpoint(weights_dir, fold) for fold in range(num_folds)]
     missing = [path for path in folds if not path.is_file()]
+    if missing and whole.is_file():
+        return [whole]
     if missing:
         raise CheckpointError(
             f"no weights in {weights_dir}: {len(missing)} of {num_folds} fold checkpoints are missing (first: "

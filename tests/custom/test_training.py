@@ -12,7 +12,8 @@ from monai.transforms import RandGaussianNoised
 from torch import nn
 
 from custom.checkpoints import CheckpointError
-from custom.training import CheckpointSaver, EarlyStopHandler, EpochSeeder, GradientClipper, ProgressBar, Resumer
+from custom.resuming import Resumer
+from custom.training import CheckpointSaver, EarlyStopHandler, EpochSeeder, GradientClipper, ProgressBar
 
 
 class Validator:

@@ -1,0 +1,219 @@
+"""Releases: every bundle as one zip that needs nothing of this repository, the same bytes for the same input."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .checkpoints import PROVENANCE_KEY, CheckpointError, read_checkpoint
+from .files import file_sha256, whole_file, write_text
+from .guard import PACKAGE, package_files
+
+logger = logging.getLogger("comnet")
+
+BUNDLES = ("comnet_mednext", "comnet_corrdiff", "comnet_ensemble")
+WEIGHTS = {
+    "comnet_mednext": "mednext/fold0/model.pt",
+    "comnet_corrdiff": "comnet/fold0/model.pt",
+    "comnet_ensemble": "ensemble/model.pt",
+}
+COMPONENTS = ("backbone", "corrector")
+NUMBERS = ("spacing", "num_folds")
+TRUSTED = ("custom.mednext.", "custom.corrdiff.", "monai.networks.nets.")
+LARGE_FILE = 25 * 2**20
+EARLIEST = (1980, 1, 1, 0, 0, 0)
+NO_WEIGHTS = "No weights are distributed in this bundle: train them, or put a model.pt here.\n"
+
+
+class PackingError(ValueError):
+    """A bundle cannot be released as it is; the message names the file and what to do."""
+
+
+def pack(
+    output_dir: str = "dist", weights: str | None = None, repo: str = "", bundles_dir: str | None = None
+) -> list[str]:
+    """Make the release: a zip for each bundle, `models/model_info.json` and `SHA256SUMS`.
+
+    A zip holds the bundle's configs, docs and licence, its own copy of `custom`, and `models/model.pt` where `weights`
+    has one. What the weights say of themselves (networks, spacing, folds) is written into the configs, so that
+    every zip works as it is. Same input, same bytes: entries are sorted, uncompressed, and carry no time.
+
+    Args:
+        output_dir: folder for the release.
+        weights: output folder of `comnet crossval`; by default the zips hold no weights.
+        repo: "owner/repository/tag" of the GitHub release, which the addresses in `model_info.json` point to.
+        bundles_dir: folder of the bundles; by default that of the repository.
+
+    Returns:
+        Names of the files written.
+
+    Raises:
+        PackingError: not run from the repository, versions that disagree, or weights that no config fits.
+        CheckpointError: a checkpoint cannot be read.
+        OSError: the folder cannot be written.
+    """
+    source = Path(bundles_dir) if bundles_dir else PACKAGE.parent / "bundles"
+    output, base = Path(output_dir), _base_url(repo)
+    bundles = [source / name for name in BUNDLES if (source / name / "configs").is_dir()]
+    if not bundles:
+        raise PackingError(f"no bundles in {source}: run `comnet pack` from a clone of the repository")
+    if weights is not None and not Path(weights).is_dir():
+        raise CheckpointError(f"no folder {weights}: give the output folder of `comnet crossval`, or no weights")
+    for bundle in bundles:
+        _configs(bundle)
+    written = [file for bundle in bundles for file in _pack_bundle(bundle, output, weights, base)]
+    info = _model_info(source.parent / "models" / "model_info.json", output, written, base)
+    write_text(output / "models" / "model_info.json", json.dumps(info, indent=4, sort_keys=True) + "\n")
+    written.append("models/model_info.json")
+    sums = "".join(f"{file_sha256(output / name)}  {name}\n" for name in sorted(written))
+    write_text(output / "SHA256SUMS", sums)
+    return [*written, "SHA256SUMS"]
+
+
+def bundle_files(bundle: Path, checkpoint: Path | None = None, base_url: str = "") -> dict[str, bytes]:
+    """Collect what a bundle's zip holds: names within the bundle, and contents.
+
+    Args:
+        bundle: the bundle's folder.
+        checkpoint: weights to ship as `models/model.pt`.
+        base_url: address of the release's files, to fetch large weights from.
+
+    Raises:
+        PackingError: see `pack`.
+    """
+    state, facts = read_checkpoint(checkpoint) if checkpoint else ({}, {})
+    _check_facts(checkpoint, facts)
+    files = {f"{PACKAGE.name}/{name}": path.read_bytes() for name, path in package_files().items()}
+    files |= {f"docs/{path.name}": path.read_bytes() for path in bundle.glob("docs/*") if path.is_file()}
+    files |= {f"configs/{path.name}": path.read_bytes() for path in bundle.glob("configs/*.conf")}
+    files |= {f"configs/{name}": _with_settings(config, facts) for name, config in _configs(bundle).items()}
+    files["LICENSE"] = (bundle / "LICENSE").read_bytes()
+    if checkpoint is None:
+        return files | {"models/README.md": NO_WEIGHTS.encode()}
+    files["models/model.pt"] = _as_bytes(plain_state_dict(state, facts))
+    if len(files["models/model.pt"]) > LARGE_FILE:
+        files["large_files.yml"] = _large_files(bundle.name, files["models/model.pt"], base_url)
+    return files
+
+
+def plain_state_dict(state: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> OrderedDict[str, torch.Tensor]:
+    """Make of weights and provenance what every tool of MONAI loads: a state dict with nothing around it.
+
+    The provenance goes into `_metadata`, which PyTorch saves with every state dict and ignores where it knows no such
+    module; `custom.checkpoints.read_checkpoint` finds it there.
+    """
+    plain = OrderedDict(state)
+    plain._metadata = OrderedDict({PROVENANCE_KEY: dict(facts)})
+    return plain
+
+
+def _base_url(repo: str) -> str:
+    parts = repo.split("/")
+    if not repo:
+        return ""
+    if len(parts) != 3 or not all(parts):
+        raise PackingError(f"repo is {repo!r}: give owner/repository/tag, as for `monai.bundle download`")
+    return f"https://github.com/{parts[0]}/{parts[1]}/releases/download/{parts[2]}/"
+
+
+def _pack_bundle(bundle: Path, output: Path, weights: str | None, base_url: str) -> list[str]:
+    checkpoint = _checkpoint(bundle.name, weights)
+    files = bundle_files(bundle, checkpoint, base_url)
+    name = f"{bundle.name}_v{__version__}"
+    with whole_file(output / f"{name}.zip") as temporary:
+        _write_zip(temporary, {f"{bundle.name}/{inner}": content for inner, content in files.items()})
+    if "large_files.yml" not in files:
+        return [f"{name}.zip"]
+    with whole_file(output / f"{name}_model.pt") as temporary:
+        temporary.write_bytes(files["models/model.pt"])
+    return [f"{name}.zip", f"{name}_model.pt"]
+
+
+def _checkpoint(bundle: str, weights: str | None) -> Path | None:
+    if weights is None:
+        return None
+    path = Path(weights) / WEIGHTS[bundle]
+    if path.is_file():
+        return path
+    logger.warning("%s is released without weights: there is no %s", bundle, path)
+    return None
+
+
+def _write_zip(path: Path, files: Mapping[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(files):
+            entry = zipfile.ZipInfo(name, EARLIEST)
+            entry.create_system, entry.external_attr = 3, 0o100644 << 16
+            archive.writestr(entry, files[name])
+
+
+def _configs(bundle: Path) -> dict[str, dict[str, Any]]:
+    """Read a bundle's configs; metadata, changelog and every config's guard must name the package's own version."""
+    configs = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in bundle.glob("configs/*.json")}
+    guards = {name: config["path_setup"]["version"] for name, config in configs.items() if _has_guard(config)}
+    metadata = configs.get("metadata.json", {})
+    for name, version in {"metadata.json": metadata.get("version"), **guards}.items():
+        if version != __version__:
+            file = bundle / "configs" / name
+            raise PackingError(f"{file} says version {version}, `custom` is {__version__}: make them agree")
+    if __version__ not in metadata.get("changelog", {}):
+        raise PackingError(f"{bundle / 'configs' / 'metadata.json'} has no changelog for {__version__}: write one")
+    return configs
+
+
+def _check_facts(checkpoint: Path | None, facts: Mapping[str, Any]) -> None:
+    """Refuse what would run as code once it stands in a config."""
+    names = [str(facts[key]) for key in COMPONENTS if key in facts]
+    numbers = [facts[key] for key in NUMBERS if key in facts]
+    if not all(name.startswith(TRUSTED) for name in names) or not _is_numeric(numbers):
+        raise PackingError(f"{checkpoint} names a network or settings that are not CoMNeT's: not packed")
+
+
+def _is_numeric(value: Any) -> bool:
+    return all(_is_numeric(one) for one in value) if isinstance(value, list) else isinstance(value, (int, float))
+
+
+def _has_guard(config: Mapping[str, Any]) -> bool:
+    return isinstance(config.get("path_setup"), Mapping)
+
+
+def _with_settings(config: dict[str, Any], facts: Mapping[str, Any]) -> bytes:
+    """Write into a complete config what the weights were made with; overlays and metadata stay as they are."""
+    if "path_setup" in config:
+        config |= {key: facts[key] for key in (*COMPONENTS, *NUMBERS) if key in facts and key in config}
+    return (json.dumps(config, indent=4, ensure_ascii=False) + "\n").encode()
+
+
+def _as_bytes(content: Any) -> bytes:
+    buffer = io.BytesIO()  # not a path: PyTorch would write the name of the file into it
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _large_files(bundle: str, content: bytes, base_url: str) -> bytes:
+    entry = {
+        "path": "models/model.pt",
+        "url": f"{base_url}{bundle}_v{__version__}_model.pt",
+        "hash_val": hashlib.sha256(content).hexdigest(),
+        "hash_type": "sha256",
+    }
+    lines = [f"{'- ' if key == 'path' else '  '}{key}: {json.dumps(value)}" for key, value in entry.items()]
+    return "\n".join(["large_files:", *lines, ""]).encode()
+
+
+def _model_info(earlier: Path, output: Path, written: list[str], base_url: str) -> dict[str, dict[str, str]]:
+    """Describe the zips, and those of earlier releases, as the GitHub source of `monai.bundle.download` reads them."""
+    info = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
+    zips = [name for name in written if name.endswith(".zip")]
+    facts = {name: {"checksum": file_sha256(output / name), "source": base_url + name} for name in zips}
+    return info | {name.removesuffix(".zip"): fact for name, fact in facts.items()}
