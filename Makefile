@@ -6,12 +6,13 @@ READY := $(VENV)/.ready
 # A thread that waits must not starve other processes: see docs/decisions.md.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test lint bench clean help
+.PHONY: demo test lint bench pack clean help
 
 help:
-	@echo "make demo   synthetic subjects -> five folds -> ensemble -> masks, scores, pictures (runs/demo/report.html)"
+	@echo "make demo   synthetic subjects -> three models, five folds each -> ensemble -> tables, figures, pictures"
 	@echo "make test   all tests with coverage"
 	@echo "make lint   ruff check and ruff format --check"
+	@echo "make pack   the three bundles as zips that work by themselves (dist/)"
 	@echo "make bench  speed and memory against MONAI's own networks (docs/benchmarks.md)"
 
 $(READY): requirements.lock pyproject.toml
@@ -34,5 +35,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/bench_mednext.py --output docs/benchmarks.md
 	$(BIN)/python benchmarks/bench_mednext.py --full --skip training --runs 3 --output docs/benchmarks.md
 
+pack: $(READY)
+	$(BIN)/comnet pack --output_dir dist
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .coverage
+	rm -rf $(VENV) runs dist .pytest_cache .ruff_cache .coverage

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,12 @@ class Resumer:
         self.validator = validator
         self.stopper = stopper
         self.enabled = enabled
-        self.subjects = subjects_digest(dataset.data) if dataset is not None else ""
+        self.dataset = dataset
+
+    @cached_property
+    def subjects(self) -> str:
+        """Digest of what is trained on, taken when training starts."""
+        return subjects_digest(self.dataset.data) if self.dataset is not None else ""
 
     def attach(self, engine: Engine) -> None:
         """Restore when ``engine`` starts, save when each of its epochs is complete."""

@@ -11,11 +11,23 @@ import nibabel as nib
 import numpy as np
 
 from .cohort import MODALITIES, Cohort, check_subject, subject_from_files
-from .postprocess.writer import _image_like, write_whole
+from .postprocess.writer import image_like, write_whole
 
 logger = logging.getLogger("comnet")
 
 KEPT_TYPES = ("uint8", "int16", "int32", "uint16", "float32")
+
+
+class StackingError(ValueError):
+    """Some subjects were not stacked; the message names the first.
+
+    Attributes:
+        written: files of the subjects that were.
+    """
+
+    def __init__(self, message: str, written: Sequence[str]) -> None:
+        super().__init__(message)
+        self.written = list(written)
 
 
 def stack(
@@ -45,7 +57,8 @@ def stack(
         The files written.
 
     Raises:
-        ValueError: both or neither of folders and files were given; or subjects failed, after all others were written.
+        ValueError: both or neither of folders and files were given.
+        StackingError: subjects failed; all others were written first.
         SubjectError: the one subject given by files failed.
         OSError: a folder is absent or cannot be written.
     """
@@ -59,7 +72,8 @@ def stack(
     cohort = Cohort([str(folder) for folder in inputs])
     written = [_stack_item(item, output_dir) for item in cohort.inputs()]
     if cohort.exclusions:
-        raise ValueError(f"{len(cohort.exclusions)} subjects were not stacked; the first is {cohort.exclusions[0]}")
+        message = f"{len(cohort.exclusions)} subjects were not stacked; the first is {cohort.exclusions[0]}"
+        raise StackingError(message, written)
     return written
 
 
@@ -88,7 +102,7 @@ def stack_files(images: Sequence[str], output: str | Path) -> str:
     voxels = [np.asanyarray(image.dataobj) for image in loaded]
     types = {str(array.dtype.newbyteorder("=")) for array in voxels}
     dtype = types.pop() if len(types) == 1 and types <= set(KEPT_TYPES) else "float32"
-    image = _image_like(np.stack(voxels, axis=-1).astype(dtype), loaded[0].header)
+    image = image_like(np.stack(voxels, axis=-1).astype(dtype), loaded[0].header)
     image.header["descrip"] = ", ".join(MODALITIES).encode()
     write_whole(image, Path(output))
     return str(output)

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from ..running import known_reason
 from .crossval import crossval
 from .demo import demo
+from .pack import pack
 from .report import report
 from .segment import segment
+from .stack import stack
 from .validate import validate
 
 SPIN_COUNT = "1000"
-SUBCOMMANDS = {function.__name__: function for function in (demo, segment, validate, crossval, report)}
+SUBCOMMANDS = {function.__name__: function for function in (demo, segment, validate, crossval, report, stack, pack)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -86,7 +86,7 @@ class NativeGridWriter(NibabelWriter):
             image = _image_at(array, affine)
         else:
             _check_grid(array.shape, affine, header, self.source)
-            image = _image_like(array, header)
+            image = image_like(array, header)
         image.header["descrip"] = f"CoMNeT {__version__}".encode()
         image.header.set_intent("label" if array.dtype == np.uint8 else "none")
         write_whole(image, Path(filename))
@@ -154,7 +154,8 @@ def _image_at(array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
     return image
 
 
-def _image_like(array: np.ndarray, source: nib.Nifti1Header) -> nib.Nifti1Image:
+def image_like(array: np.ndarray, source: nib.Nifti1Header) -> nib.Nifti1Image:
+    """Make an image of voxels with the geometry of a header, field by field, and nothing else of it."""
     image_class = nib.Nifti2Image if isinstance(source, nib.Nifti2Header) else nib.Nifti1Image
     header = image_class.header_class()
     header.set_data_dtype(array.dtype)
