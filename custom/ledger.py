@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 from ignite.engine import Engine, Events
 
@@ -33,7 +34,7 @@ Item = Mapping[str, Any]
 
 
 class Ledger:
-    """Ignite handler and bookkeeper of one output folder.
+    """Ignite handler and bookkeeper of one output folder, also for several processes that share its subjects.
 
     For each subject the folder holds ``<subject>/<subject>_seg.nii.gz``, a QC picture and ``record.json``; the record
     is written last, so a subject counts as done only when everything of it is there. A subject is done again when its
@@ -100,6 +101,7 @@ class Ledger:
         todo = [item for name, item in self.items.items() if name not in self.records]
         for item in todo:
             self._path(str(item["subject"]), RECORD_NAME).unlink(missing_ok=True)
+        idist.barrier()  # several processes must agree on who is left before the first of them begins
         return [{key: value for key, value in item.items() if key != "warnings"} for item in todo]
 
     def unseen(self, items: Sequence[Item]) -> list[Item]:
@@ -126,10 +128,15 @@ class Ledger:
     def close(self) -> None:
         """Write the tables and the reports, log a summary, and leave with a code that says how it went.
 
+        Of several processes the first writes, once all are done.
+
         Raises:
             SystemExit: with 3 when some subjects failed or were excluded, with 4 when none could be segmented.
         """
-        self.records = self._earlier_records() | self.records
+        own = [json.dumps(self.records)] if idist.get_world_size() == 1 else idist.all_gather(json.dumps(self.records))
+        if idist.get_rank() != 0:
+            return
+        self.records = self._earlier_records() | {name: one for part in own for name, one in json.loads(part).items()}
         records = [self.records[name] for name in sorted(self.records)]
         failures = self._failures(records)
         rows = [_volume_row(record) for record in records]
@@ -168,7 +175,8 @@ class Ledger:
             write_text(self._path(name, RECORD_NAME), json.dumps(self.records[name], indent=2))
 
     def _success(self, name: str, output: Mapping[str, Any]) -> dict[str, Any]:
-        self.items.setdefault(name, {"subject": name, "image": output["image"].meta["filename_or_obj"]})
+        if name not in self.items:  # a dataset that was given from outside, as servers do
+            self.items[name] = {"subject": name, "image": output["image"].meta["filename_or_obj"]}
         label_map, palette = output["pred"], self.settings["output_palette"]
         spacing = np.asarray(label_map.pixdim, dtype=float)
         volumes = region_volumes(np.asarray(label_map[0].cpu()), float(np.prod(spacing)), palette)

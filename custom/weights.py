@@ -48,7 +48,7 @@ def fold_checkpoint(weights_dir: str | Path, fold: int) -> Path:
 
 
 def weight_files(weights_dir: str | Path, num_folds: int = NUM_FOLDS) -> list[Path]:
-    """Find the weights in a folder: one checkpoint a fold, else one ``model.pt``.
+    """Find the weights in a folder: ``model.pt`` of a whole ensemble, else one checkpoint a fold, else ``model.pt``.
 
     Raises:
         CheckpointError: neither is there, or a fold is missing; says which.
@@ -56,7 +56,7 @@ def weight_files(weights_dir: str | Path, num_folds: int = NUM_FOLDS) -> list[Pa
     whole = Path(weights_dir) / "model.pt"
     folds = [fold_checkpoint(weights_dir, fold) for fold in range(num_folds)]
     missing = [path for path in folds if not path.is_file()]
-    if missing and whole.is_file():
+    if whole.is_file() and (missing or _is_comnet(whole)):
         return [whole]
     if missing:
         raise CheckpointError(
@@ -108,6 +108,11 @@ def tuned_settings(weights_dir: str | Path) -> dict[str, list[Any]]:
     whole = path / "model.pt" if path.is_dir() else path
     facts = read_checkpoint(whole)[1] if whole.is_file() else {}
     return {name: list(facts.get(name, default)) for name, default in DEFAULT_SETTINGS.items()}
+
+
+def _is_comnet(checkpoint: Path) -> bool:
+    """Whether it holds a CoMNeT, and not the copy of one fold's backbone that training publishes."""
+    return any(name.startswith("backbones.") for name in read_checkpoint(checkpoint)[0])
 
 
 def _facts(state: Mapping[str, torch.Tensor], provenance: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,14 @@ from custom.checkpoints import save_atomically
 from custom.mednext import mednext_tiny
 from custom.phantom import write_cohort
 from custom.weights import NUM_FOLDS, fold_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def same_path() -> Iterator[None]:
+    """Take back what a bundle has put on Python's path: processes that are started later would inherit it."""
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,7 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_targets_are_monais_torchs_ours_or_what_such_a_key_names(path):
-    base = read(path.with_name("inference.json" if path.name == "evaluate.json" else "train.json"))
+    base = read(path.with_name("inference.json" if path.name.endswith("evaluate.json") else "train.json"))
     settings = base | read(path)
     locator = ComponentLocator()
     for target in [node["_target_"] for node in nodes(read(path)) if isinstance(node, dict) and "_target_" in node]:
@@ -177,11 +177,14 @@ def test_overlays_of_one_name_agree(one, other):
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
 def test_an_overlay_repeats_nothing(path):
-    base = flat(read(path.with_name("inference.json" if path.name == "evaluate.json" else "train.json")))
+    base = flat(read(path.with_name("inference.json" if path.name.endswith("evaluate.json") else "train.json")))
     assert not {key for key, value in read(path).items() if key in base and base[key] == value}
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "configs/logging.conf", "docs/data_license.txt"])
+REPEATED = ["LICENSE", "configs/logging.conf", "configs/multi_gpu_evaluate.json", "docs/data_license.txt"]
+
+
+@pytest.mark.parametrize("name", REPEATED)
 def test_files_that_every_bundle_repeats_are_equal(name):
     copies = {path.read_bytes() for path in REPOSITORY.glob(f"bundles/*/{name}")}
     assert len(list(REPOSITORY.glob(f"bundles/*/{name}"))) == 3 and len(copies) == 1

@@ -135,6 +135,14 @@ def test_whole_ensemble_in_one_file_wins(tmp_path):
     assert torch.equal(target.backbones[4].weight, source.backbones[4].weight)
 
 
+def test_a_published_backbone_does_not_hide_the_folds(tmp_path):
+    write_folds(tmp_path)
+    save_atomically({"model": backbone().state_dict()}, tmp_path / "model.pt")
+    assert weight_files(tmp_path) == [tmp_path / f"fold{fold}" / "model.pt" for fold in range(5)]
+    (tmp_path / "fold3" / "model.pt").unlink()
+    assert weight_files(tmp_path) == [tmp_path / "model.pt"]
+
+
 def test_missing_fold_is_named(tmp_path):
     write_folds(tmp_path, folds=(0, 1, 3, 4))
     with pytest.raises(CheckpointError, match=r"1 of 5 .* missing \(first: .*fold2.model.pt\)"):
