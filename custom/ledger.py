@@ -89,7 +89,9 @@ class Ledger:
         return self
 
     def pending(self, items: Sequence[Item]) -> list[Item]:
-        """Return the subjects that still need work, in order.
+        """Return the subjects that still need work, in order; of several processes, each gets its share.
+
+        MONAI's DistributedSampler refuses fewer subjects than processes, as when a stopped run goes on.
 
         Args:
             items: dicts with ``subject``, ``image`` (paths in modality order) and, to be scored, ``label``.
@@ -102,7 +104,8 @@ class Ledger:
         for item in todo:
             self._path(str(item["subject"]), RECORD_NAME).unlink(missing_ok=True)
         idist.barrier()  # several processes must agree on who is left before the first of them begins
-        return [{key: value for key, value in item.items() if key != "warnings"} for item in todo]
+        own = todo[idist.get_rank() :: idist.get_world_size()]
+        return [{key: value for key, value in item.items() if key != "warnings"} for item in own]
 
     def unseen(self, items: Sequence[Item]) -> list[Item]:
         """Return the subjects that none of the weights was trained on: the others would be scored too well.

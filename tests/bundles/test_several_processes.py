@@ -22,7 +22,7 @@ def torchrun(phantoms, weights, tmp_path):
         root, output = BUNDLES / "comnet_ensemble", tmp_path / "out"
         names = ("inference.json", "evaluate.json", "multi_gpu_evaluate.json")
         settings |= {"dataset_dir": dataset_dir, "weights_dir": weights, "output_dir": output, "bundle_root": root}
-        settings |= {"corrector": "$None", "write_pictures": False}
+        settings |= {"network_def#corrector": "$None", "write_pictures": False}
         settings |= {key: TINY[key] for key in ("backbone", "spacing", "num_workers")}
         words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
         files = str([str(root / "configs" / name) for name in names])
