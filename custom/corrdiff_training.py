@@ -74,6 +74,21 @@ class StageSchedule:
         self.step.stage = stage
 
 
+class ListedOutput:
+    """Leave of a training step's output the loss, in a list of one dict.
+
+    That is what MONAI's experiment trackers expect of a trainer that takes batches apart; CorrDiff's outputs belong to
+    no single subject of the batch.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        """Replace the output after each iteration of ``engine``."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._replace)
+
+    def _replace(self, engine: Engine) -> None:
+        engine.state.output = [{"loss": engine.state.output["loss"]}]
+
+
 class FrozenGuard:
     """Ignite handler that stops training as soon as a weight changes that must not.
 

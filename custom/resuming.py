@@ -82,8 +82,8 @@ class Resumer:
         Raises:
             CheckpointError: the file was written by another network or configuration.
         """
-        if not (self.enabled and self.path.is_file()):
-            return
+        if not self.enabled or engine.state.epoch or not self.path.is_file():
+            return  # an engine that has trained already, as in a federated round, goes on from its own state
         state = torch.load(self.path, map_location="cpu", weights_only=True)
         if self.subjects and state.get("subjects", self.subjects) != self.subjects:
             logger.warning("%s is of other subjects or labels: training starts anew", self.path)

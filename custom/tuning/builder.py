@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from ignite.engine import Engine, Events
 from monai.data import Dataset
 from monai.transforms import Transform
 
@@ -51,6 +54,8 @@ class EnsembleBuilder:
         tune: measure and choose; otherwise the defaults are written, with refinement wherever there is a corrector.
         amp: whether the corrector runs in mixed precision.
         max_epochs: passes over the subjects, which MONAI asks of whatever trains; there is one.
+        train_handlers: handlers of an engine that has one iteration, with 1 - mean Dice as its loss and the figures of
+            every region as its metrics: what an experiment tracker records.
 
     Raises:
         ValueError: correctors for a network without one, settings that cannot be tried, or more than one pass.
@@ -72,6 +77,7 @@ class EnsembleBuilder:
         tune: bool = True,
         amp: bool = False,
         max_epochs: int = 1,
+        train_handlers: Sequence[Any] = (),
     ) -> None:
         if correctors_dir and network.corrector is None:
             raise ValueError(f"correctors_dir is {correctors_dir}, but the network has no corrector to load them into")
@@ -88,6 +94,7 @@ class EnsembleBuilder:
         self.grid = Grid.of(try_thresholds, try_volumes_mm3, fill_holes)
         self.tune = tune
         self.amp = amp
+        self.train_handlers = list(train_handlers)
 
     def run(self) -> None:
         """Gather, choose, write.
@@ -107,6 +114,7 @@ class EnsembleBuilder:
         state = {name: value.cpu() for name, value in self.network.state_dict().items()}
         save_atomically({"model": state, "provenance": facts | _settings(choices)}, self.models_dir / "model.pt")
         logger.info("the ensemble is in %s", self.models_dir / "model.pt")
+        self._tell_handlers(choices)
 
     def _choose(self) -> dict[str, Choice]:
         if self.correctors_dir is not None:
@@ -126,6 +134,21 @@ class EnsembleBuilder:
     def _defaults(self) -> dict[str, Choice]:
         choice = Choice(refine=self.correctors_dir is not None, reason="Nothing was measured: tuning was switched off.")
         return dict.fromkeys(REGIONS, choice)
+
+    def _tell_handlers(self, choices: Mapping[str, Choice]) -> None:
+        metrics = {
+            f"{region}_{name}": value
+            for region, choice in choices.items()
+            for name, value in choice.as_json().items()
+            if isinstance(value, (int, float))
+        }
+        tuned = [choice.dice_tuned for choice in choices.values() if choice.dice_tuned is not None]
+        loss = 1 - float(np.mean(tuned)) if tuned else math.nan
+        engine = Engine(lambda engine, batch: [{"loss": loss}])
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: engine.state.metrics.update(metrics))
+        for handler in self.train_handlers:
+            handler.attach(engine)
+        engine.run([None], max_epochs=1)
 
     def _write_choices(self, choices: Mapping[str, Choice]) -> None:
         content = {
