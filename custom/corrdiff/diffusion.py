@@ -11,6 +11,8 @@ import torch
 from monai.networks.schedulers import DDPMScheduler
 from torch import Tensor, nn
 
+from .noise import gaussian_noise
+
 PREDICTIONS = ("v_prediction", "epsilon")
 LINEAR_BETAS = {"beta_start": 5e-4, "beta_end": 0.1}
 
@@ -89,21 +91,22 @@ class LatentDiffusion(nn.Module):
         signal = self.signal_at(timesteps).view(-1, 1, 1, 1, 1)
         return signal.sqrt() * output + (1 - signal).sqrt() * noisy
 
-    def sample(self, guide: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, guide: Tensor, seed: int, number: int = 0) -> Tensor:
         """Run the reverse process.
 
-        All subjects of a batch get the same noise, drawn on the CPU: a subject's sample depends neither on the others
-        nor on the device.
+        All subjects of a batch get the same noise, a function of seed and number: a subject's sample depends neither on
+        the others nor on the device.
 
         Args:
             guide: encoded conditioning `[B, G, *latent]`.
-            generator: of the CPU; the global generator is not touched.
+            seed: of the noise; the global generator is not touched.
+            number: which of several samples.
 
         Returns:
             `[B, C, *latent]`, float32.
         """
-        shape = [1, self.latent_channels, guide.shape[2], guide.shape[3], guide.shape[4]]
-        x = torch.randn(shape, generator=generator).to(guide.device).expand(guide.shape[0], -1, -1, -1, -1)
+        draw = number * (1 + len(self.timesteps))
+        x = gaussian_noise(guide, self.latent_channels, seed, draw).expand(guide.shape[0], -1, -1, -1, -1)
         for i, t in enumerate(self.timesteps):
             noise = self.predict_noise(x, torch.full([guide.shape[0]], t, device=guide.device), guide)
             before = self.signal[t]
@@ -112,7 +115,7 @@ class LatentDiffusion(nn.Module):
             clean = (x - (1 - before) ** 0.5 * noise) / before**0.5
             x = after**0.5 * clean + max(1 - after - spread**2, 0.0) ** 0.5 * noise
             if spread > 0:
-                x = x + spread * torch.randn(shape, generator=generator).to(guide.device)
+                x = x + spread * gaussian_noise(guide, self.latent_channels, seed, draw + 1 + i)
         return x
 
 

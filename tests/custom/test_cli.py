@@ -131,3 +131,26 @@ def test_demo_replaces_its_own_weights_but_not_those_of_someone_else(tmp_path, c
 def test_help_is_there(subcommand):
     result = subprocess.run([sys.executable, "-m", "custom.cli", subcommand, "--help"], capture_output=True, text=True)
     assert "output_dir" in (result.stdout + result.stderr).lower() and result.returncode == 0
+
+
+def test_stack_names_what_it_wrote_and_what_failed(dataset, tmp_path, capsys):
+    shutil.copytree(dataset / "BT0001", tmp_path / "data" / "BT0001")
+    shutil.copytree(dataset / "BT0002", tmp_path / "data" / "BT0002")
+    cli.main(["stack", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")])
+    assert capsys.readouterr().out.split() == [str(tmp_path / "out" / f"BT000{number}.nii.gz") for number in (1, 2)]
+    (tmp_path / "data" / "BT0002" / "brain_t2.nii.gz").unlink()
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["stack", str(tmp_path / "data"), "--output_dir", str(tmp_path / "new")])
+    printed = capsys.readouterr()
+    assert caught.value.code == 3 and "BT0002" in printed.err and "BT0001.nii.gz" in printed.out
+
+
+def test_pack_names_the_files_of_a_release(tmp_path, capsys):
+    cli.main(["pack", "--output_dir", str(tmp_path / "dist")])
+    names = capsys.readouterr().out.split()
+    assert len(names) == 5 and all(tmp_path.joinpath(name).is_file() for name in names)
+    assert {name.rsplit("/", 1)[-1].split("_v")[0] for name in names[:3]} == {
+        "comnet_mednext",
+        "comnet_corrdiff",
+        "comnet_ensemble",
+    }
