@@ -179,10 +179,11 @@ def test_network_fits_the_metadata_and_torchscript_gives_its_output(bundle, down
     assert all(torch.equal(weights[name], value) for name, value in network.state_dict().items())
 
 
-def test_onnx_gives_the_networks_output(downloaded, tmp_path, monkeypatch):
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_onnx_gives_the_networks_output(bundle, downloaded, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     monkeypatch.chdir("/")
-    root = downloaded / "comnet_mednext"
+    root = downloaded / bundle
     file, checkpoint = str(tmp_path / "model.onnx"), str(root / "models" / "model.pt")
     shape = [1, 4, 16, 32, 16]
     monai.bundle.onnx_export(
