@@ -61,7 +61,7 @@ def figures(config: ConfigParser, part: str) -> tuple[int, list[float]]:
     return len(items), [*(column.item() for column in columns), float(np.mean(perplexities))]
 
 
-def config_label(item: dict) -> torch.Tensor:
+def label_on_grid(item: dict) -> torch.Tensor:
     """Region masks on the grid of the coarse prediction, as in training."""
     resample = ResampleToMatch(mode="nearest", padding_mode="zeros")
     return resample(item["label"], img_dst=item["image"]).as_tensor().round()
