@@ -12,7 +12,7 @@ from torch import Tensor
 def binary_entropy(logits: Tensor) -> Tensor:
     """Uncertainty of each region on its own, of any shape, in bits: 1 at a logit of 0, 0 where the backbone is sure."""
     probability = torch.sigmoid(logits)
-    nats = -probability * F.logsigmoid(logits) - (1 - probability) * F.logsigmoid(-logits)
+    nats = probability * F.softplus(-logits) + (1 - probability) * F.softplus(logits)  # exported logsigmoid overflows
     return nats / math.log(2.0)
 
 

@@ -34,6 +34,20 @@ def test_entropy_is_in_bits_and_safe_at_the_extremes():
     assert_allclose(binary_entropy(logits).numpy(), [1, expected, expected, 0, 0], atol=1e-6)
 
 
+def test_exported_entropy_is_safe_at_the_extremes_too(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Entropy(nn.Module):
+        def forward(self, logits):
+            return binary_entropy(logits)
+
+    logits = torch.linspace(-40, 40, 161)
+    torch.onnx.export(Entropy(), (logits,), dynamo=True, verbose=False).save(str(tmp_path / "entropy.onnx"))
+    session = onnxruntime.InferenceSession(str(tmp_path / "entropy.onnx"))
+    (found,) = session.run(None, {session.get_inputs()[0].name: logits.numpy()})
+    assert_allclose(found, binary_entropy(logits).numpy(), atol=1e-5)
+
+
 def test_condition_is_image_probability_clamped_logit_and_entropy():
     image, coarse, _ = subject()
     coarse = 20 * coarse
