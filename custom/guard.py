@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from . import __version__
+from .files import file_sha256
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -53,7 +54,7 @@ def package_digest(package: Path) -> str:
     """Return one SHA-256 over the names and contents of a package's source files."""
     digest = hashlib.sha256()
     for name, path in package_files(package).items():
-        digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
+        digest.update(f"{name}\0{file_sha256(path)}\0".encode())
     return digest.hexdigest()
 
 

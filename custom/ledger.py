@@ -136,10 +136,12 @@ class Ledger:
         Raises:
             SystemExit: with 3 when some subjects failed or were excluded, with 4 when none could be segmented.
         """
-        own = [json.dumps(self.records)] if idist.get_world_size() == 1 else idist.all_gather(json.dumps(self.records))
+        parts = idist.all_gather(json.dumps(self.records)) if idist.get_world_size() > 1 else []
         if idist.get_rank() != 0:
             return
-        self.records = self._earlier_records() | {name: one for part in own for name, one in json.loads(part).items()}
+        self.records = self._earlier_records() | self.records
+        for part in parts:
+            self.records |= json.loads(part)
         records = [self.records[name] for name in sorted(self.records)]
         failures = self._failures(records)
         rows = [_volume_row(record) for record in records]

@@ -18,6 +18,7 @@ from . import __version__
 from .checkpoints import PROVENANCE_KEY, CheckpointError, read_checkpoint
 from .files import file_sha256, whole_file, write_text
 from .guard import PACKAGE, package_files
+from .weights import TRUSTED, untrusted_parts
 
 logger = logging.getLogger("comnet")
 
@@ -27,9 +28,7 @@ WEIGHTS = {
     "comnet_corrdiff": "comnet/fold0/model.pt",
     "comnet_ensemble": "ensemble/model.pt",
 }
-COMPONENTS = ("backbone", "corrector")
 NUMBERS = ("spacing", "num_folds")
-TRUSTED = ("custom.mednext.", "custom.corrdiff.", "monai.networks.nets.")
 LARGE_FILE = 25 * 2**20
 EARLIEST = (1980, 1, 1, 0, 0, 0)
 NO_WEIGHTS = "No weights are distributed in this bundle: train them, or put a model.pt here.\n"
@@ -173,9 +172,8 @@ def _configs(bundle: Path) -> dict[str, dict[str, Any]]:
 
 def _check_facts(checkpoint: Path | None, facts: Mapping[str, Any]) -> None:
     """Refuse what would run as code once it stands in a config."""
-    names = [str(facts[key]) for key in COMPONENTS if key in facts]
     numbers = [facts[key] for key in NUMBERS if key in facts]
-    if not all(name.startswith(TRUSTED) for name in names) or not _is_numeric(numbers):
+    if untrusted_parts(facts) or not _is_numeric(numbers):
         raise PackingError(f"{checkpoint} names a network or settings that are not CoMNeT's: not packed")
 
 
@@ -190,7 +188,7 @@ def _has_guard(config: Mapping[str, Any]) -> bool:
 def _with_settings(config: dict[str, Any], facts: Mapping[str, Any]) -> bytes:
     """Write into a complete config what the weights were made with; overlays and metadata stay as they are."""
     if "path_setup" in config:
-        config |= {key: facts[key] for key in (*COMPONENTS, *NUMBERS) if key in facts and key in config}
+        config |= {key: facts[key] for key in (*TRUSTED, *NUMBERS) if key in facts and key in config}
     return (json.dumps(config, indent=4, ensure_ascii=False) + "\n").encode()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from .checkpoints import CheckpointError, save_atomically
-from .files import file_sha256, whole_file
+from .files import copy_file, file_sha256
 from .training import EarlyStopHandler
 
 logger = logging.getLogger("comnet")
@@ -135,8 +134,7 @@ class Publisher:
     def publish(self, engine: Engine) -> None:
         """Copy (rank 0 only); without a checkpoint, because no validation was due, there is nothing to do."""
         if idist.get_rank() == 0 and self.source.is_file():
-            with whole_file(self.target) as partial:
-                shutil.copyfile(self.source, partial)
+            copy_file(self.source, self.target)
 
 
 def _unwrapped(item: Any) -> Any:

@@ -22,6 +22,10 @@ DEFAULT_SETTINGS: dict[str, list[Any]] = {
 }
 
 
+TRUSTED = {"backbone": ("custom.mednext.", "monai.networks.nets."), "corrector": ("custom.corrdiff.",)}
+"""Where the networks may come from that weights name: a config that holds such a name runs it."""
+
+
 @dataclass(frozen=True)
 class Weights:
     """What is known of a set of weights.
@@ -89,6 +93,11 @@ def describe_weights(weights: str | Path) -> Weights:
         trained_on=frozenset(name for fact in facts for name in fact.get("trained_on", ())),
         note="; ".join(sorted({fact["notes"] for fact in facts if fact.get("notes")})) or f"weights {digest[:12]}",
     )
+
+
+def untrusted_parts(facts: Mapping[str, Any]) -> list[str]:
+    """Return which of the networks that a checkpoint names, "backbone" or "corrector", are none of ours or MONAI's."""
+    return [part for part, ours in TRUSTED.items() if part in facts and not str(facts[part]).startswith(ours)]
 
 
 def tuned_settings(weights_dir: str | Path) -> dict[str, list[Any]]:

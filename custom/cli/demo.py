@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -96,12 +95,11 @@ def _report_steps(run: Path) -> None:
 
 def _publish(weights: Path, target: Path) -> None:
     """Make the demo's weights the default of `comnet segment`, unless other weights are there already."""
-    from ..files import whole_file
+    from ..files import copy_file
     from ..weights import describe_weights
 
     there = target.is_file() or any(target.parent.glob("fold*/model.pt"))
     if there and describe_weights(target.parent).note != PHANTOM_NOTE:
         print(f"{target.parent} holds other weights: left as they are", file=sys.stderr)
         return
-    with whole_file(target) as partial:
-        shutil.copyfile(weights, partial)
+    copy_file(weights, target)

@@ -8,8 +8,6 @@ from typing import Any
 
 from ..running import bundle_root, run_bundle
 
-TRUSTED = {"backbone": ("custom.mednext.", "monai.networks.nets."), "corrector": ("custom.corrdiff.",)}
-
 
 def segment(
     *inputs: str,
@@ -74,14 +72,14 @@ def ensemble_settings(weights: str) -> dict[str, Any]:
         CheckpointError: there are no weights, or they cannot be read.
         ValueError: they name a backbone or corrector that is none of CoMNeT's or MONAI's.
     """
-    from ..weights import describe_weights
+    from ..weights import describe_weights, untrusted_parts
 
     described = describe_weights(weights)
     names = ("backbone", "corrector", "spacing", "num_folds", "refine_each_fold")
     settings = {name: described.facts[name] for name in names if described.facts.get(name) is not None}
-    for part, trusted in TRUSTED.items():
-        if part in settings and not settings[part].startswith(trusted):
-            raise ValueError(f"the weights name the {part} {settings[part]!r}, which is none of CoMNeT's: not used")
+    if foreign := untrusted_parts(settings):
+        part = foreign[0]
+        raise ValueError(f"the weights name the {part} {settings[part]!r}, which is none of CoMNeT's: not used")
     if "corrector" not in settings:  # MONAI drops an override of None
         settings |= {"corrector": "$None", "network_def#corrector": "$None", "ledger#model": "MedNeXt ensemble"}
     print(f"weights: {described.note}", file=sys.stderr)
