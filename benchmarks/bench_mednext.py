@@ -1,7 +1,7 @@
-"""Speed and memory of MedNeXt-B with GRN against MONAI's MedNeXt of the same sizes: one forward, one training step.
+"""Speed and memory of MedNeXt-B with GRN against its peers: one forward, one training step.
 
-Both networks see the same input in the same run, turn by turn; each memory figure comes from a process of its own.
-MONAI's network keeps its own wiring (other expansion ratios in its down blocks, and no GRN there).
+All networks see the same input in the same run, turn by turn; each memory figure comes from a process of its own.
+MONAI's MedNeXt keeps its own wiring (other expansion ratios in its down blocks, and no GRN there).
 
     python benchmarks/bench_mednext.py --runs 5 --output docs/benchmarks.md
     python benchmarks/bench_mednext.py --full --runs 1 --skip training
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from monai.networks.nets import SegResNet
 from monai.networks.nets.mednext import MedNeXt as MonaiMedNeXt
 from timing import environment, in_fresh_process, interleave, markdown_table, peak_bytes, saved_bytes, write_section
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from custom.mednext import mednext_base
+from custom.runtime import Runtime
 
 QUICK, FULL = (64, 80, 64), (128, 160, 112)
 
@@ -31,6 +33,11 @@ QUICK, FULL = (64, 80, 64), (128, 160, 112)
 def ours() -> nn.Module:
     """MedNeXt-B with GRN, five outputs."""
     return mednext_base()
+
+
+def ours_in_openvino(precision: str = "fp32") -> nn.Module:
+    """The same as `comnet segment` runs it on a CPU; compiled in the round that does not count."""
+    return Runtime(mednext_base().eval(), "openvino", precision).network
 
 
 def monais() -> nn.Module:
@@ -48,7 +55,34 @@ def monais() -> nn.Module:
     )
 
 
-NETWORKS = {"ours": ours, "MONAI": monais}
+class OutOfTheBox(nn.Module):
+    """A network that OpenVINO converts and compiles with its defaults, for the size of the first image."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.compiled = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of a batch."""
+        if self.compiled is None:
+            import openvino
+
+            model = openvino.convert_model(self.network.eval(), example_input=x, input=[tuple(x.shape)])
+            self.compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return torch.from_numpy(self.compiled(x.numpy())[0])
+
+
+PEER = "MONAI MedNeXt, PyTorch"
+FORWARD = {
+    PEER: monais,
+    "MONAI SegResNet (32 filters), PyTorch": lambda: SegResNet(init_filters=32, in_channels=4, out_channels=3),
+    "MONAI MedNeXt, OpenVINO": lambda: OutOfTheBox(monais()),
+    "ours, PyTorch": ours,
+    "ours, OpenVINO": ours_in_openvino,
+    "ours, OpenVINO bf16": lambda: ours_in_openvino("bf16"),
+}
+TRAINING = {PEER: monais, "ours": ours, "ours, checkpointing": lambda: mednext_base(checkpointing=True)}
 
 
 def forward_task(network: nn.Module, x: Tensor, bfloat16: bool) -> Callable[[], Tensor]:
@@ -87,7 +121,7 @@ def training_task(network: nn.Module, x: Tensor, bfloat16: bool) -> Callable[[],
     return task
 
 
-TASKS = {"forward": forward_task, "training": training_task}
+TASKS = {"forward": (forward_task, FORWARD), "training": (training_task, TRAINING)}
 
 
 def image(size: tuple[int, ...]) -> Tensor:
@@ -95,16 +129,11 @@ def image(size: tuple[int, ...]) -> Tensor:
     return torch.randn((1, 4, *size), generator=torch.Generator().manual_seed(0))
 
 
-def seconds(task: str, size: tuple[int, ...], runs: int, bfloat16: bool) -> dict[str, float]:
-    """Median seconds of both networks."""
-    x = image(size)
-    return interleave({name: TASKS[task](make(), x, bfloat16) for name, make in NETWORKS.items()}, runs)
-
-
 def memory(name: str, task: str, size: tuple[int, ...], bfloat16: bool) -> dict[str, int]:
     """Peak bytes of one task in this process, and for training the bytes that autograd keeps."""
-    network, x = NETWORKS[name](), image(size)
-    result = {"peak": peak_bytes(TASKS[task](network, x, bfloat16))}
+    make_task, networks = TASKS[task]
+    network, x = networks[name](), image(size)
+    result = {"peak": peak_bytes(make_task(network, x, bfloat16))}
     if task == "training":
         result["saved"] = saved_bytes(loss_task(network, x, bfloat16), list(network.parameters()))
     return result
@@ -116,22 +145,22 @@ def memory_elsewhere(name: str, task: str, size: tuple[int, ...], arguments: arg
     return in_fresh_process(__file__, options + ["--bfloat16"] * arguments.bfloat16)
 
 
-def rows(task: str, size: tuple[int, ...], arguments: argparse.Namespace) -> list[list[str]]:
-    """Table rows of one task: seconds, peak memory and, for training, saved activations."""
-    label = f"{'one forward' if task == 'forward' else 'one training step'}, {'×'.join(map(str, size))}"
-    figures = seconds(task, size, arguments.runs, arguments.bfloat16)
-    used = {name: memory_elsewhere(name, task, size, arguments) for name in NETWORKS}
-    table = [[f"{label}: seconds", *compared({name: figures[name] for name in NETWORKS}, 1.0, "{:.2f}")]]
+def table(task: str, size: tuple[int, ...], arguments: argparse.Namespace) -> str:
+    """One task: for each network its seconds and memory, and how many times smaller they are than the peer's."""
+    make_task, networks = TASKS[task]
+    x = image(size)
+    seconds = interleave({name: make_task(make(), x, arguments.bfloat16) for name, make in networks.items()},
+                         arguments.runs)  # fmt: skip
+    used = {name: memory_elsewhere(name, task, size, arguments) for name in networks}
     kinds = {"peak": "peak memory, GB"} | ({"saved": "kept for backward, GB"} if task == "training" else {})
-    for kind, title in kinds.items():
-        table.append([f"{label}: {title}", *compared({name: used[name][kind] for name in NETWORKS}, 1e9, "{:.2f}")])
-    return table
-
-
-def compared(values: dict[str, float], unit: float, form: str) -> list[str]:
-    """MONAI's figure, ours, and how many times smaller ours is."""
-    cells = [form.format(values[name] / unit) for name in ("MONAI", "ours")]
-    return [*cells, f"{values['MONAI'] / values['ours']:.2f}" if values["ours"] else "-"]
+    rows = []
+    for name in networks:
+        row = [name, f"{seconds[name]:.2f}", f"{seconds[PEER] / seconds[name]:.2f}"]
+        for kind in kinds:
+            row += [f"{used[name][kind] / 1e9:.2f}", f"{used[PEER][kind] / used[name][kind]:.2f}"]
+        rows.append(row)
+    label = f"{'One forward' if task == 'forward' else 'One training step'}, {'×'.join(map(str, size))}"
+    return markdown_table([label, *(cell for title in ("seconds", *kinds.values()) for cell in (title, "times"))], rows)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -158,13 +187,13 @@ def main() -> None:
         return
     sizes = {"forward": FULL if arguments.full else tuple(arguments.size), "training": tuple(arguments.training_size)}
     sizes.pop(arguments.skip, None)
-    table = [row for task, size in sizes.items() for row in rows(task, size, arguments)]
+    tables = [table(task, size, arguments) for task, size in sizes.items()]
     command = "python " + shlex.join(["benchmarks/bench_mednext.py", *sys.argv[1:]])
     dtype = "bfloat16 autocast" if arguments.bfloat16 else "float32"
     text = (
         f"## MedNeXt-B with GRN, {dtype}\n\n`{command}`\n\n{environment()}, batch 1. Median of {arguments.runs} rounds "
-        "after one warm-up, the two networks turn by turn; memory in a process of its own each.\n\n"
-        + markdown_table(["", "MONAI", "ours", "MONAI / ours"], table)
+        "after one warm-up, all networks turn by turn; memory in a process of its own, without what imports take. "
+        f"“times” is how many times less than {PEER}.\n\n" + "\n\n".join(tables)
     )
     print(text)
     if arguments.output:

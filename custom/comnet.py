@@ -91,9 +91,15 @@ class CoMNeT(nn.Module):
             if self.refine_each_fold:
                 fold = self.refine(image, logits)
                 logits, variance = fold.logits, variance + fold.spread.square()
-            difference = torch.sigmoid(logits) - mean  # Welford's running variance
-            mean = mean + difference / (n + 1)
-            squares = squares + difference.square() * (n / (n + 1))
+            probability = torch.sigmoid(logits)
+            if n == 0:
+                mean, squares = probability, torch.zeros_like(probability)
+            else:  # Welford's running variance, in place: a brain is large
+                difference = probability.sub_(mean)
+                mean.add_(difference, alpha=1 / (n + 1))
+                squares.addcmul_(difference, difference, value=n / (n + 1))
+        if not torch.jit.is_scripting():
+            self.release_memory()
         if len(self.backbones) > 1:
             logits = torch.logit(mean, eps=self.margin)
         spread = ((squares + variance) / len(self.backbones)).sqrt()
@@ -101,6 +107,13 @@ class CoMNeT(nn.Module):
             return Segmentation(logits, spread)
         refined = self.refine(image, logits)
         return Segmentation(refined.logits, (spread.square() + refined.spread.square()).sqrt())
+
+    @torch.jit.unused
+    def release_memory(self) -> None:
+        """Have backbones that another library executes free their activations: see :mod:`custom.runtime`."""
+        for backbone in self.backbones:
+            if hasattr(backbone, "release_memory"):
+                backbone.release_memory()
 
     def refine(self, image: Tensor, coarse: Tensor) -> Segmentation:
         """Correct ``coarse`` logits ``[B, 3, *spatial]`` in the regions that are to be refined."""

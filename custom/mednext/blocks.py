@@ -9,7 +9,7 @@ convolution's weights, one set for each sample, and no normalised feature map is
 
 Feature maps (N, C, D, H, W) are in channels-last memory, so that a pointwise convolution is a matrix product over the
 rows of (N, V, C), V = D * H * W voxels, and a depthwise one is several times faster on a CPU. In training a block keeps
-x, the centred y, the hidden layer before GELU and after it; statistics are fp32 under autocast too.
+x, the centred y and the hidden layer before GELU; statistics are fp32 under autocast too.
 """
 
 from __future__ import annotations
@@ -71,10 +71,37 @@ class Block(nn.Module):
     def mix(self, y: Tensor, residual: Tensor) -> Tensor:
         """Normalise, expand, activate, respond, compress y (N, C, D, H, W), onto a residual (N, V, O) or (O,)."""
         y = y.sub_(y.mean((2, 3, 4), keepdim=True, dtype=torch.float32))
-        h = self.expand(to_rows(y))  # (N, V, E)
-        weight, bias = self.compression(h)
-        z = torch.baddbmm(residual.to(h.dtype), h, weight.to(h.dtype)).add_(bias)
+        rows = to_rows(y)
+        if not torch.jit.is_scripting() and torch.is_grad_enabled() and not is_recorded():
+            z = self.mix_for_training(rows, residual)
+        else:
+            z = self.compress(self.expand(rows), residual)
         return to_volume(z, y)
+
+    @torch.jit.unused
+    def mix_for_training(self, y: Tensor, residual: Tensor) -> Tensor:
+        """Expand and compress rows y (N, V, C); the backward pass computes the hidden layer anew.
+
+        It does so from what precedes GELU, which GELU keeps anyway, so that one of the two widest tensors is not kept.
+        """
+        weight, bias = self.expansion(y)
+        before = torch.baddbmm(bias.to(y.dtype), y, weight.to(y.dtype))
+        h = F.gelu(before)
+        address, shape = h.data_ptr(), h.shape
+
+        def pack(tensor: Tensor) -> Tensor | None:
+            return None if tensor.data_ptr() == address and tensor.shape == shape else tensor
+
+        def unpack(tensor: Tensor | None) -> Tensor:
+            return F.gelu(before.detach()) if tensor is None else tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return self.compress(h, residual)
+
+    def compress(self, h: Tensor, residual: Tensor) -> Tensor:
+        """Rows (N, V, O) of the hidden layer h (N, V, E), onto a residual (N, V, O) or (O,)."""
+        weight, bias = self.compression(h)
+        return torch.baddbmm(residual.to(h.dtype), h, weight.to(h.dtype)).add_(bias)
 
     def expand(self, y: Tensor) -> Tensor:
         """Hidden layer (N, V, E) of y (N, V, C), whose mean over voxels is zero."""
@@ -180,7 +207,12 @@ def norm_over_voxels(rows: Tensor) -> Tensor:
 
 
 def streams(x: Tensor) -> bool:
-    """Whether this is inference on a CPU, and no graph is recorded: then voxels go by in pieces that stay in cache."""
+    """Whether this is inference on a CPU: then voxels go by in pieces that stay in cache."""
     if torch.is_grad_enabled() or x.device.type != "cpu":
         return False
-    return torch.jit.is_scripting() or not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+    return torch.jit.is_scripting() or not is_recorded()
+
+
+def is_recorded() -> bool:
+    """Whether a graph is being recorded, for an export or a compiler."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()

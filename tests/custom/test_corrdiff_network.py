@@ -24,6 +24,7 @@ from custom.corrdiff import (
     corrdiff_base,
     corrdiff_tiny,
 )
+from custom.corrdiff.denoiser import Upsampling
 from custom.corrdiff_loss import CorrDiffLoss
 
 
@@ -215,3 +216,9 @@ def test_parts_that_do_not_fit_are_refused():
 
 def test_condition_encoder_reaches_the_latent_grid():
     assert ConditionEncoder(13, 32, factor=4)(torch.zeros(1, 13, 16, 8, 12)).shape == (1, 32, 4, 2, 3)
+
+
+def test_upsampling_is_nearest_neighbour_and_a_convolution():
+    upsampling, x = Upsampling(8), torch.randn(2, 8, 5, 3, 4)
+    nearest, convolution = upsampling
+    assert_allclose(upsampling(x).detach(), convolution(nearest(x)).detach(), atol=1e-5)

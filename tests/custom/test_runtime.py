@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import logging
+import sys
+from functools import partial
+
+import pytest
+import torch
+from mednext_tensors import assert_close, images, randomise
+from monai.data import MetaTensor
+from torch import nn
+
+from custom.comnet import CoMNeT
+from custom.mednext import MedNeXt, mednext_base, mednext_tiny
+from custom.runtime import Runtime
+from custom.runtime.graph import MedNeXtGraph
+from custom.runtime.openvino import OpenVINOMedNeXt, Program, prune
+
+SIZE = (32, 48, 32)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def network(seed=0, **options):
+    net = mednext_tiny(**options)
+    randomise(net, seed)
+    return net.eval()
+
+
+def ensemble(folds=3):
+    comnet = CoMNeT(partial(mednext_tiny, 4, 3), folds).eval()
+    for seed, backbone in enumerate(comnet.backbones):
+        randomise(backbone, seed)
+    return comnet
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"kernel_size": 5}, {"kernel_size": 7, "grn": False}, {"deep_supervision": False, "in_channels": 2}]
+)
+def test_the_graph_is_the_network(options, fixed):
+    net = network(**options)
+    x = images(channels=options.get("in_channels", 4), size=(32, 48, 64), offset=2.0)
+    assert_close(Program(fixed=fixed).run(net, x), net(x), 1e-4)
+
+
+def test_blocks_of_other_widths_and_numbers():
+    net = MedNeXt(filters=16, expansions=(2, 3, 4, 4, 4, 4, 4, 3, 2), blocks=(2, 1, 1, 1, 2, 1, 1, 1, 2))
+    randomise(net)
+    x = images(size=SIZE)
+    assert_close(Program().run(net.eval(), x), net(x), 1e-4)
+
+
+def test_a_large_offset_costs_no_accuracy():
+    """Normalisation takes the mean away; sums of squares of what is left, not differences of large sums."""
+    net, x = network(), images(size=SIZE, offset=1000.0)
+    reference = net.double()(x.double()).float()
+    assert_close(Program().run(net.float(), x), reference, 1e-3)
+
+
+def test_bf16_is_close_and_not_the_same():
+    net, x = network(), images(size=SIZE)
+    exact, rough = Program().run(net, x), Program("bf16").run(net, x)
+    assert 0 < (rough - exact).norm() / exact.norm() < 0.1
+
+
+def test_a_batch_of_metatensors():
+    net, x = network(), images(n=2, size=SIZE)
+    out = OpenVINOMedNeXt(net, Program()).eval()(MetaTensor(x))
+    assert not isinstance(out, MetaTensor)
+    assert_close(out, net(x), 1e-4)
+
+
+def test_it_says_what_pytorch_says_of_wrong_input():
+    fast = OpenVINOMedNeXt(network(), Program()).eval()
+    with pytest.raises(ValueError, match=r"expected \(N, 4, D, H, W\)"):
+        fast(images(channels=3, size=SIZE))
+    with pytest.raises(ValueError, match="not divisible by 16"):
+        fast(images(size=(33, 48, 32)))
+
+
+def test_a_size_too_small_for_the_graph_goes_through_pytorch():
+    net, x = network(), images(size=(16, 32, 32))
+    assert torch.equal(OpenVINOMedNeXt(net, Program()).eval()(x), net(x))
+
+
+def test_training_and_gradients_go_through_pytorch():
+    fast, x = OpenVINOMedNeXt(network(), Program()), images(size=SIZE)
+    assert len(fast.train()(x)) == 5
+    with torch.enable_grad():
+        assert fast.eval()(x).requires_grad
+
+
+def test_weights_that_change_are_compiled_anew_and_same_ones_are_not():
+    net, x = network(), images(size=SIZE)
+    fast = OpenVINOMedNeXt(net, Program()).eval()
+    before = fast(x)
+    compiled = fast.program.compiled
+    fast(x)
+    assert fast.program.compiled is compiled
+    net.load_state_dict(network(seed=1).state_dict())
+    assert not torch.allclose(fast(x), before)
+    assert_close(fast(x), net(x), 1e-4)
+
+
+def test_an_ensemble_is_compiled_once_and_averages_its_own_folds():
+    slow = ensemble()
+    runtime = Runtime(slow, "openvino")
+    programs = {id(backbone.program) for backbone in runtime.network.backbones}
+    assert len(programs) == 1 and runtime.label == "openvino fp32"
+    x = images(size=SIZE)
+    assert_close(runtime.network(x).sigmoid(), slow(x).sigmoid(), 1e-4)
+    compiled = runtime.network.backbones[0].program.compiled
+    assert compiled is not None
+    randomise(slow.backbones[1], 9)  # weights come after the network was made
+    assert_close(runtime.network(x).sigmoid(), slow(x).sigmoid(), 1e-4)
+    assert runtime.network.backbones[0].program.compiled is compiled
+
+
+def test_the_network_given_stays_as_it_is():
+    slow = ensemble()
+    names = list(slow.state_dict())
+    fast = Runtime(slow, "openvino").network
+    assert fast is not slow and list(slow.state_dict()) == names
+    assert all(isinstance(backbone, MedNeXt) for backbone in slow.backbones)
+
+
+def test_cached_on_disk_under_weights_and_size(tmp_path):
+    x, larger = images(size=SIZE), images(size=(48, 48, 32))
+    for seed, image, expected in [(0, x, 1), (0, x, 1), (1, x, 2), (1, larger, 3)]:
+        net = network(seed)
+        assert_close(Program(cache_dir=tmp_path).run(net, image), net(image), 1e-4)
+        assert len(list(tmp_path.glob("*.blob"))) == expected
+
+
+def test_a_damaged_cache_is_made_again(tmp_path):
+    net, x = network(), images(size=SIZE)
+    Program(cache_dir=tmp_path).run(net, x)
+    (blob,) = tmp_path.glob("*.blob")
+    blob.write_bytes(blob.read_bytes()[: blob.stat().st_size // 2])
+    assert_close(Program(cache_dir=tmp_path).run(net, x), net(x), 1e-4)
+
+
+@pytest.mark.parametrize(("option", "kept"), [(True, True), (False, False), (None, False)])
+def test_the_users_cache_folder(tmp_path, monkeypatch, option, kept):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    Runtime(network(), "openvino", cache_dir=option).network(images(size=SIZE))
+    assert (len(list(tmp_path.glob("comnet/*.blob"))) == 1) is kept
+
+
+def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path):
+    (tmp_path / "file").touch()
+    net, x = network(), images(size=SIZE)
+    assert_close(Program(cache_dir=tmp_path / "file" / "cache").run(net, x), net(x), 1e-4)
+
+
+def test_the_cache_keeps_what_was_used_last(tmp_path):
+    import os
+
+    for age, name in enumerate("abc"):
+        path = tmp_path / f"{name}.blob"
+        path.write_bytes(bytes(100))
+        os.utime(path, (1000 - age, 1000 - age))
+    prune(tmp_path, 250)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("make", "runtime", "label"),
+    [
+        (mednext_base, "auto", "openvino fp32"),
+        (mednext_base, "torch", "torch"),
+        (mednext_tiny, "auto", "torch"),
+        (mednext_tiny, "openvino", "openvino fp32"),
+        (partial(nn.Conv3d, 4, 3, 1), "auto", "torch"),
+    ],
+)
+def test_choice(make, runtime, label):
+    net = make()
+    chosen = Runtime(net, runtime)
+    assert chosen.label == label
+    assert (chosen.network is net) == (label == "torch")
+
+
+def test_auto_without_openvino_says_so_in_one_line(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    net = mednext_base()
+    with caplog.at_level(logging.INFO, logger="comnet"):
+        assert Runtime(net).network is net
+    assert len(caplog.records) == 1 and "openvino is not installed" in caplog.text
+    with pytest.raises(ValueError, match=r'pip install "comnet-glioma\[cpu\]"'):
+        Runtime(net, "openvino")
+
+
+def test_auto_leaves_other_devices_alone_and_openvino_by_name_refuses_them():
+    net = mednext_base()
+    assert Runtime(net, device="cuda").network is net
+    with pytest.raises(ValueError, match="--device cpu"):
+        Runtime(net, "openvino", device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"runtime": "onnx"}, "no runtime 'onnx': choose one of auto, torch, openvino"),
+        ({"precision": "int8"}, "no precision 'int8': choose one of fp32, bf16"),
+        ({"runtime": "openvino"}, "Conv3d has none: use --runtime torch"),
+    ],
+)
+def test_wrong_choices(options, message):
+    with pytest.raises(ValueError, match=message):
+        Runtime(nn.Conv3d(4, 3, 1), **options)
+
+
+def test_where_openvino_fails_pytorch_goes_on_unless_it_was_asked_for(monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("some check\nno such instruction")
+
+    monkeypatch.setattr("custom.runtime.openvino.Program.compile", fail)
+    net, x = network(), images(size=SIZE)
+    assert torch.equal(OpenVINOMedNeXt(net, Program(), fall_back=True).eval()(x), net(x))
+    assert "OpenVINO failed, PyTorch goes on: no such instruction" in caplog.text
+    with pytest.raises(RuntimeError):
+        OpenVINOMedNeXt(net, Program()).eval()(x)
+
+
+def test_activations_are_freed_before_the_corrector():
+    fast = Runtime(ensemble(), "openvino").network
+    program, released = fast.backbones[0].program, []
+    program.release_memory = lambda: released.append(program.compiled is not None)
+    fast(images(size=SIZE))
+    assert released and all(released)
+
+
+def test_inputs_of_the_graph_are_named():
+    graph = MedNeXtGraph(network(), SIZE, fixed=False)
+    names = {node.any_name for node in graph.model.inputs}
+    assert names == {"image", *graph.weights}
