@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,11 @@ def real_data() -> Path:
         pytest.skip(f"real data not found at {data}: set COMNET_REAL_DATA")
     return data
 
+
+with suppress(ImportError):  # absl, which TensorBoard brings, closes a stderr that is not the system's own: pytest's
+    from absl import logging as absl_logging
+
+    absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 LOGGERS = [logging.getLogger(name) for name in (None, "comnet", "ignite")]
 PRISTINE = [(logger, logger.level, logger.propagate) for logger in LOGGERS]

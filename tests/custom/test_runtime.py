@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 from functools import partial
 
@@ -240,3 +241,15 @@ def test_inputs_of_the_graph_are_named():
     graph = MedNeXtGraph(network(), SIZE, fixed=False)
     names = {node.any_name for node in graph.model.inputs}
     assert names == {"image", *graph.weights}
+
+
+def test_nothing_is_reported_over_the_network():
+    script = (
+        "import socket\n"
+        "def refuse(*_): raise SystemExit('a connection was opened')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "import custom.runtime.openvino, openvino.tools.ovc.telemetry_utils as used\n"
+        "print(used.tm.__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "openvino.tools.ovc.telemetry_stub", done.stderr
