@@ -66,7 +66,7 @@ def _step_job(make: Any, run: Path, number: int, name: str) -> Any:
 
     weights, settings = STEPS[name]
     parts = Overlays(["demo.json"], run).values("comnet_corrdiff", "train.json")
-    networks = {key: parts[key] for key in ("backbone", "corrector", "spacing", "num_workers")}
+    networks = {key: parts[key] for key in ("backbone", "corrector", "spacing", "patch_size", "num_workers")}
     output = run / "steps" / f"{number + 1}"
     places = {"dataset_dir": run / "held_out", "weights_dir": run / weights, "output_dir": output}
     facts = {"num_folds": 1 if weights.startswith("comnet") else 5, "ledger#model": name}

@@ -70,7 +70,7 @@ def segment(
 
 
 def ensemble_settings(weights: str) -> dict[str, Any]:
-    """Read from the checkpoints which backbone, corrector and spacing they were made with.
+    """Read from the checkpoints which backbone, corrector, spacing and patch size they were made with.
 
     Raises:
         CheckpointError: there are no weights, or they cannot be read.
@@ -79,7 +79,7 @@ def ensemble_settings(weights: str) -> dict[str, Any]:
     from ..weights import describe_weights, untrusted_parts
 
     described = describe_weights(weights)
-    names = ("backbone", "corrector", "spacing", "num_folds", "refine_each_fold")
+    names = ("backbone", "corrector", "spacing", "patch_size", "num_folds", "refine_each_fold")
     settings = {name: described.facts[name] for name in names if described.facts.get(name) is not None}
     if foreign := untrusted_parts(settings):
         part = foreign[0]

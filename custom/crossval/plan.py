@@ -14,7 +14,7 @@ from .overlays import Overlays
 from .subjects import Subjects
 
 BASELINES = {"segresnet": ("segresnet.json",), "mednext": ()}
-OF_THE_PARTS = ("backbone", "corrector", "spacing")
+OF_THE_PARTS = ("backbone", "corrector", "spacing", "patch_size")
 
 
 def make_plan(

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from monai.data import DataLoader, MetaTensor
 from monai.transforms import Lambdad
 from torch import nn
 
-from custom.inferers import SubjectDataset, SubjectEvaluator, WholeVolumeInferer, describe
+from custom.inferers import FewWindowsInferer, SubjectDataset, SubjectEvaluator, WholeVolumeInferer, describe
 
 
 class NeedsSixteen(nn.Module):
@@ -92,3 +94,39 @@ def test_description_names_the_innermost_cause():
     except RuntimeError as error:
         assert describe(error) == "file is truncated"
     assert "out of memory" in describe(MemoryError())
+
+
+@pytest.mark.parametrize("shape", [(17, 30, 25), (40, 50, 33), (100, 31, 64), (64, 64, 64)])
+def test_few_windows_give_every_voxel_back(shape):
+    x = torch.rand(1, 4, *shape)
+    torch.testing.assert_close(FewWindowsInferer((32, 48, 32))(x, NeedsSixteen()), x[:, :3] * 2)
+
+
+@pytest.mark.parametrize("shape", [(137, 163, 135), (134, 177, 136), (240, 240, 155), (65, 16, 200)])
+def test_few_windows_are_no_larger_than_the_patch_and_as_many_as_planned(shape):
+    inferer, seen = FewWindowsInferer((128, 160, 112)), []
+
+    def network(x):
+        seen.append(tuple(x.shape[2:]))
+        return x
+
+    inferer(torch.zeros(1, 1, *shape), network)
+    window, counts = inferer.plan(shape)
+    assert math.prod(window) <= 128 * 160 * 112 and all(length % 16 == 0 for length in window)
+    assert seen == [window] * math.prod(counts)
+    assert all(n * one >= full + (n - 1) * 8 for n, one, full in zip(counts, window, shape, strict=True))
+
+
+def test_a_brain_costs_no_more_in_few_windows_than_at_once():
+    window, counts = FewWindowsInferer((128, 160, 112)).plan((134, 177, 136))
+    assert math.prod(window) * math.prod(counts) == 144 * 192 * 144 and math.prod(counts) == 2
+
+
+def test_what_fits_the_patch_is_one_pass():
+    x = torch.rand(1, 4, 30, 40, 17)
+    assert torch.equal(FewWindowsInferer((48, 48, 48))(x, NeedsSixteen()), WholeVolumeInferer()(x, NeedsSixteen()))
+
+
+def test_a_patch_that_is_too_small_for_any_window():
+    with pytest.raises(ValueError, match="patch_size"):
+        FewWindowsInferer((8, 8, 8))(torch.rand(1, 4, 30, 40, 17), NeedsSixteen())
