@@ -1,5 +1,7 @@
 # Every target makes its own virtual environment first; python3 >= 3.10, make and a package index are all it needs.
 PYTHON ?= python3
+DATA ?=
+RUN ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -13,7 +15,8 @@ help:
 	@echo "make test   all tests with coverage"
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make pack   the three bundles as zips that work by themselves (dist/)"
-	@echo "make bench  speed and memory against MONAI's own networks (docs/benchmarks.md)"
+	@echo "make bench  speed and memory against MONAI's own networks (docs/benchmarks.md); on real subjects too with"
+	@echo "            DATA=dataset folder and RUN=folder of comnet crossval --config small.json"
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,8 +35,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 bench: $(READY)
-	$(BIN)/python benchmarks/bench_mednext.py --output docs/benchmarks.md
-	$(BIN)/python benchmarks/bench_mednext.py --full --skip training --runs 3 --output docs/benchmarks.md
+	$(BIN)/python benchmarks/bench_mednext.py --full --output docs/benchmarks.md
+	test -z "$(DATA)" || $(BIN)/python benchmarks/bench_segment.py --data $(DATA) --output docs/benchmarks.md
+	test -z "$(DATA)" -o -z "$(RUN)" || \
+		$(BIN)/python benchmarks/window_plans.py --run $(RUN) --data $(DATA) --output docs/benchmarks.md
 
 pack: $(READY)
 	$(BIN)/comnet pack --output_dir dist

@@ -31,15 +31,20 @@ def interleave(tasks: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, f
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def peak_bytes(task: Callable[[], Any]) -> int:
-    """How far `task` raises this process's peak resident memory; meaningful once in a fresh process.
+def forget_peak() -> int:
+    """Have Linux forget earlier peaks of memory (importing torch makes one); return what is resident now.
 
-    Linux forgets earlier peaks (importing torch makes one) on request; elsewhere such a peak hides a smaller `task`.
+    Elsewhere the peak so far is returned, which hides a smaller one that follows.
     """
     forget = Path("/proc/self/clear_refs")
     if forget.exists():
         forget.write_text("5")
-    before = peak_resident_bytes()
+    return peak_resident_bytes()
+
+
+def peak_bytes(task: Callable[[], Any]) -> int:
+    """How far `task` raises this process's peak resident memory; meaningful once in a fresh process."""
+    before = forget_peak()
     task()
     return peak_resident_bytes() - before
 
@@ -48,26 +53,14 @@ def peak_resident_bytes() -> int:
     """Highest resident memory of this process so far."""
     status = Path("/proc/self/status")
     if status.exists():
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text()).group(1)) * 1024
+        return status_bytes("VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def saved_bytes(forward: Callable[[], Any], parameters: Sequence[torch.Tensor] = ()) -> int:
-    """Bytes of the distinct tensors that autograd keeps for the backward pass of `forward`, parameters not counted."""
-    ignored = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ignored:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()
-    del result
-    return sum(storage.nbytes() for storage in kept.values())
+def status_bytes(entry: str) -> int:
+    """A figure of Linux's /proc/self/status: "VmRSS" is resident now, "VmHWM" its peak."""
+    return int(re.search(rf"{entry}:\s*(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
 
 
 def in_fresh_process(script: str, arguments: Sequence[str]) -> dict[str, Any]:

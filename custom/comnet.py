@@ -89,6 +89,8 @@ class CoMNeT(nn.Module):
         for n, backbone in enumerate(self.backbones):
             logits = backbone(image).float()
             if self.refine_each_fold:
+                if not torch.jit.is_scripting():
+                    self.release_memory()
                 fold = self.refine(image, logits)
                 logits, variance = fold.logits, variance + fold.spread.square()
             probability = torch.sigmoid(logits)

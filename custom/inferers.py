@@ -20,7 +20,7 @@ logger = logging.getLogger("comnet")
 
 SUBJECT_KEY = "subject"
 FAILURE_KEY = "failure"
-CUDA_MEMORY_ADVICE = "use sliding-window inference (--inferer @sliding_window), a smaller patch_size, or the CPU"
+CUDA_MEMORY_ADVICE = "use a smaller patch_size (--patch_size '[96,96,96]'), or the CPU"
 
 
 class WholeVolumeInferer(Inferer):
@@ -77,7 +77,9 @@ class FewWindowsInferer(WholeVolumeInferer):
             return super().__call__(inputs, network, *args, **kwargs)
         steps = [-(-(full - one) // max(1, n - 1)) for full, one, n in zip(size, window, counts, strict=True)]
         overlap = [1 - (max(step, 1) + 0.5) / one for step, one in zip(steps, window, strict=True)]  # MONAI rounds down
-        return sliding_window_inference(inputs, window, 1, network, overlap, BlendMode.GAUSSIAN, *args, **kwargs)
+        return sliding_window_inference(
+            inputs, window, 1, lambda part: network(part, *args, **kwargs), overlap, BlendMode.GAUSSIAN
+        )
 
     def plan(self, size: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the window for a spatial size, and the number of windows along each axis.
@@ -86,7 +88,8 @@ class FewWindowsInferer(WholeVolumeInferer):
             ValueError: the patch is smaller than the smallest window.
         """
         limit, plans = math.prod(self.patch_size), []
-        for counts in itertools.product(*(range(1, -(-length // self.divisor) + 1) for length in size)):
+        most = [max(1, -(-(length - self.overlap) // (self.divisor - self.overlap))) for length in size]
+        for counts in itertools.product(*(range(1, count + 1) for count in most)):
             window = tuple(self._window(length, n) for length, n in zip(size, counts, strict=True))
             if math.prod(window) <= limit:
                 plans.append((math.prod(window) * math.prod(counts), math.prod(counts), window, counts))

@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ class Ledger:
         self.records: dict[str, dict[str, Any]] = {}
         self.items: dict[str, Item] = {}
         self._started = time.perf_counter()
+        self._pool = ThreadPoolExecutor(1, "pictures")
+        self._drawing: Future[None] | None = None
 
     @cached_property
     def weights(self) -> Weights:
@@ -127,6 +130,7 @@ class Ledger:
         """Keep a record of each subject that ``engine``, a ``SubjectEvaluator``, has finished."""
         engine.add_event_handler(Events.ITERATION_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._finish)
+        engine.add_event_handler(Events.COMPLETED, lambda _: self._wait())
 
     def close(self) -> None:
         """Write the tables and the reports, log a summary, and leave with a code that says how it went.
@@ -136,6 +140,8 @@ class Ledger:
         Raises:
             SystemExit: with 3 when some subjects failed or were excluded, with 4 when none could be segmented.
         """
+        self._wait()
+        self._pool.shutdown()
         parts = idist.all_gather(json.dumps(self.records)) if idist.get_world_size() > 1 else []
         if idist.get_rank() != 0:
             return
@@ -176,8 +182,21 @@ class Ledger:
             self._path(name, f"{name}_seg.nii.gz").unlink(missing_ok=True)
             record |= {"status": "failed", "reason": failure}
         self.records[name] = record | {"seconds": round(time.perf_counter() - self._started, 2)}
-        if failure is None:
-            write_text(self._path(name, RECORD_NAME), json.dumps(self.records[name], indent=2))
+        if failure is None:  # the next subject is computed meanwhile
+            self._wait()
+            self._drawing = self._pool.submit(self._draw_and_record, name)
+
+    def _wait(self) -> None:
+        """Wait for the last subject's picture and record, and raise what went wrong there."""
+        drawing, self._drawing = self._drawing, None
+        if drawing is not None:
+            drawing.result()
+
+    def _draw_and_record(self, name: str) -> None:
+        record = self.records[name]
+        if self.pictures:
+            self._draw(name, record["warnings"])
+        write_text(self._path(name, RECORD_NAME), json.dumps(record, indent=2))
 
     def _success(self, name: str, output: Mapping[str, Any]) -> dict[str, Any]:
         if name not in self.items:  # a dataset that was given from outside, as servers do
@@ -191,8 +210,6 @@ class Ledger:
             scores = score_subject(label_map_to_regions(label_map.cpu(), palette), output["label"].cpu(), spacing)
             scores |= calibration_columns(output)
             record["scores"] = {"model": self.model, "fold": self.fold, "subject": name, **scores}
-        if self.pictures:
-            self._draw(name, warnings)
         return record
 
     def _draw(self, name: str, warnings: list[str]) -> None:

@@ -77,12 +77,12 @@ def describe_weights(weights: str | Path) -> Weights:
         weights: folder of an ensemble's weights, or one checkpoint.
 
     Raises:
-        CheckpointError: no weights, unreadable ones, or folds that were made with different backbones or spacings.
+        CheckpointError: no weights, unreadable ones, or folds that were made with different settings.
     """
     weights = Path(weights)
     files = [weights] if weights.is_file() else weight_files(weights, _expected_folds(weights))
     facts = [_facts(*read_checkpoint(path)) for path in files]
-    for key in ("backbone", "spacing", "num_folds"):
+    for key in ("backbone", "spacing", "patch_size", "num_folds"):
         if any(fact.get(key) != facts[0].get(key) for fact in facts):
             raise CheckpointError(f"the folds in {weights} differ in {key}: they do not belong together")
     digest = hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()

@@ -41,7 +41,7 @@ def segment(
         device: "cpu", "cuda", "cuda:1"; by default a GPU if there is one.
         runtime: "auto", "torch" or "openvino", which is several times faster on a CPU; auto takes it where it is
             installed and the device is a CPU.
-        sliding_window: overlapping windows of the training patch, for little memory.
+        sliding_window: the paper's overlapping windows of the training patch, several times slower.
         probabilities: also write the probability maps of ET, TC and WT.
         uncertainty: also write how far folds and samples disagree, as a standard deviation of these probabilities;
             --num_samples 5 samples CorrDiff five times.

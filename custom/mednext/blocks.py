@@ -72,7 +72,7 @@ class Block(nn.Module):
         """Normalise, expand, activate, respond, compress y (N, C, D, H, W), onto a residual (N, V, O) or (O,)."""
         y = y.sub_(y.mean((2, 3, 4), keepdim=True, dtype=torch.float32))
         rows = to_rows(y)
-        if not torch.jit.is_scripting() and torch.is_grad_enabled() and not is_recorded():
+        if not torch.jit.is_scripting() and torch.is_grad_enabled() and not self.checkpointing and not is_recorded():
             z = self.mix_for_training(rows, residual)
         else:
             z = self.compress(self.expand(rows), residual)
@@ -90,7 +90,7 @@ class Block(nn.Module):
         address, shape = h.data_ptr(), h.shape
 
         def pack(tensor: Tensor) -> Tensor | None:
-            return None if tensor.data_ptr() == address and tensor.shape == shape else tensor
+            return None if tensor.data_ptr() == address and tensor.shape == shape else tensor.detach()
 
         def unpack(tensor: Tensor | None) -> Tensor:
             return F.gelu(before.detach()) if tensor is None else tensor

@@ -37,7 +37,7 @@ class MedNeXtGraph:
         network: kernels of any odd size, with or without GRN.
         size: spatial size (D, H, W), multiples of 16 from 32.
         fixed: whether the weights are constants. Otherwise they are inputs, the same ones for all networks of an
-            architecture, so that one compiled graph serves them all. That is a tenth slower, as OpenVINO fuses only
+            architecture, so that one compiled graph serves them all. That is a sixth slower, as OpenVINO fuses only
             biases that are constants.
 
     Attributes:

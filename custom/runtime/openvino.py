@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import openvino
 import torch
@@ -42,29 +44,32 @@ class Program:
         self.cache_dir = cache_dir and Path(cache_dir)
         self.fixed = fixed
         self.compiled: Any = None
+        self.failed = False
         self.key: tuple[Any, ...] = ()
-        self.weights: dict[str, Any] = {}
+        self.weights: WeakKeyDictionary[MedNeXt, tuple[Any, dict[str, Any]]] = WeakKeyDictionary()
 
     def run(self, network: MedNeXt, image: Tensor) -> Tensor:
         """Logits of one image `[1, in_channels, D, H, W]`, float32; compiles where that is needed."""
-        self.prepare(network, tuple(image.shape[2:]))
-        return torch.from_numpy(self.compiled({"image": image.float().numpy(), **self.weights})[0])
+        weights = self.prepare(network, tuple(image.shape[2:]))
+        return torch.from_numpy(self.compiled({"image": image.float().contiguous().numpy(), **weights})[0])
 
-    def prepare(self, network: MedNeXt, size: tuple[int, ...]) -> None:
-        """Compile for `network` and images of a spatial size, unless that is what there is."""
+    def prepare(self, network: MedNeXt, size: tuple[int, ...]) -> dict[str, Any]:
+        """Compile for `network` and images of a spatial size, unless that is what there is; return its inputs."""
         parameters = dict(network.named_parameters())
         shapes = [(name, tuple(parameter.shape)) for name, parameter in parameters.items()]
-        versions = [(id(parameter), parameter._version) for parameter in parameters.values()]
+        versions = [(parameter.data_ptr(), parameter._version) for parameter in parameters.values()]
         key = (size, torch.get_num_threads(), *(versions if self.fixed else shapes))
-        if self.fixed and key == self.key:
-            return
+        known, inputs = self.weights.get(network, ((), {}))
+        if key == self.key and known == versions:
+            return inputs
         graph = MedNeXtGraph(network, size, self.fixed)
-        self.weights = graph.weights
+        self.weights[network] = versions, graph.weights
         if key != self.key:
-            self.compiled = None  # frees the one before first
+            self.compiled, self.key = None, ()  # frees the one before first
             content = network.state_dict() if self.fixed else {}
             self.compiled = self.compile(graph.model, repr((size, shapes)), content)
             self.key = key
+        return graph.weights
 
     def compile(self, model: openvino.Model, description: str, weights: Mapping[str, Tensor]) -> Any:
         """Compile for the CPU, with as many threads as PyTorch uses, or take what an earlier run has compiled.
@@ -84,11 +89,8 @@ class Program:
         for tensor in weights.values():
             digest.update(tensor.numpy().tobytes())
         path = self.cache_dir / f"{digest.hexdigest()[:32]}.blob"
-        if path.is_file():
-            try:
-                return core().import_model(path.read_bytes(), "CPU", properties)
-            except RuntimeError as error:
-                logger.debug("%s cannot be used: %s", path, error)
+        with suppress(OSError, RuntimeError):  # none, one that was pruned just now, a damaged one
+            return core().import_model(path.read_bytes(), "CPU", properties)
         compiled = core().compile_model(model, "CPU", properties)
         try:
             with whole_file(path) as temporary:
@@ -103,9 +105,9 @@ class Program:
         if self.compiled is not None:
             self.compiled.release_memory()
 
-    def forget(self) -> None:
-        """Drop the compiled network."""
-        self.compiled, self.key, self.weights = None, (), {}
+    def give_up(self) -> None:
+        """Drop the compiled network, and compile none again."""
+        self.compiled, self.key, self.failed = None, (), True
 
 
 class OpenVINOMedNeXt(nn.Module):
@@ -131,7 +133,7 @@ class OpenVINOMedNeXt(nn.Module):
         """
         x = x.as_tensor() if isinstance(x, MetaTensor) else x
         small = min(x.shape[2:], default=0) < 2 * REDUCTION  # a bottleneck of one voxel leaves parts of the graph empty
-        if small or self.training or torch.is_grad_enabled() or x.device.type != "cpu":
+        if self.program.failed or small or self.training or torch.is_grad_enabled() or x.device.type != "cpu":
             return self.network(x)
         self.network.check(x)
         try:
@@ -139,13 +141,18 @@ class OpenVINOMedNeXt(nn.Module):
         except RuntimeError as error:
             if not self.fall_back:
                 raise
-            logger.warning("OpenVINO failed, PyTorch goes on: %s", str(error).strip().splitlines()[-1])
-            self.program.forget()
+            logger.warning("OpenVINO failed, PyTorch goes on: %s", str(error).strip().rpartition("\n")[2])
+            self.program.give_up()
             return self.network(x)
 
     def release_memory(self) -> None:
         """Free the activations of the last image."""
         self.program.release_memory()
+
+
+def has_bf16() -> bool:
+    """Whether OpenVINO computes in bfloat16 on this processor; if not, it would use float32 and not say so."""
+    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def prune(cache_dir: Path, limit: int = CACHE_LIMIT_BYTES) -> None:

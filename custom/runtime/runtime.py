@@ -62,8 +62,10 @@ class Runtime:
         self.required = runtime == "openvino"
         self.network, self.label = network, "torch"
         if runtime != "torch" and self._fits(network) and self._is_possible(torch.device(device)):
-            from .openvino import Program
+            from .openvino import Program, has_bf16
 
+            if precision == "bf16" and not has_bf16():
+                raise ValueError("this processor has no bfloat16 arithmetic: use --precision fp32")
             cache_dir = user_cache() if cache_dir is True else cache_dir or None
             program = Program(precision, cache_dir, fixed=len(mednexts(network)) == 1)
             self.network, self.label = self._replaced(network, program), f"openvino {precision}"
@@ -82,10 +84,15 @@ class Runtime:
             if self.required:
                 raise ValueError(f"runtime openvino runs on the CPU, not on {device}: use --device cpu")
             return False
-        if importlib.util.find_spec("openvino") is None:
+        try:
+            if importlib.util.find_spec("openvino") is None:
+                raise ImportError("it is not installed")
+            from . import openvino  # noqa: F401 - whether it can be imported
+        except (ImportError, AttributeError, OSError) as error:
+            reason = f"openvino cannot be used: {error}"
             if self.required:
-                raise ValueError(f"runtime openvino needs the package openvino: {INSTALL}, or use --runtime torch")
-            logger.info("openvino is not installed, PyTorch runs the networks; %s is faster on a CPU", INSTALL)
+                raise ValueError(f"{reason}: {INSTALL}, or use --runtime torch") from error
+            logger.info("%s, PyTorch runs the networks; %s is faster on a CPU", reason, INSTALL)
             return False
         return True
 
@@ -108,6 +115,8 @@ def mednexts(network: nn.Module) -> list[MedNeXt]:
     return [module for module in network.modules() if isinstance(module, MedNeXt)]
 
 
-def user_cache() -> Path:
-    """Where this user's programs keep what they can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "comnet"
+def user_cache() -> Path | None:
+    """Where this user's programs keep what they can make again; ``None`` for a user without a home."""
+    home = os.path.expanduser("~")
+    cache = os.environ.get("XDG_CACHE_HOME") or (os.path.join(home, ".cache") if os.path.isabs(home) else "")
+    return Path(cache) / "comnet" if cache else None

@@ -13,7 +13,7 @@ from ..comnet import CoMNeT, gather
 from ..files import file_sha256
 from ..weights import fold_checkpoint
 
-SETTINGS = ("backbone", "corrector", "spacing")
+SETTINGS = ("backbone", "corrector", "spacing", "patch_size")
 
 
 def gather_parts(

@@ -51,6 +51,12 @@ def name_of(path: Path) -> str:
     return f"{path.parts[-3]}/{path.name}"
 
 
+def base_of(overlay: Path) -> str:
+    return (
+        "inference.json" if overlay.name.endswith("evaluate.json") or overlay.name == "openvino.json" else "train.json"
+    )
+
+
 def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -70,7 +76,7 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_targets_are_monais_torchs_ours_or_what_such_a_key_names(path):
-    base = read(path.with_name("inference.json" if path.name.endswith("evaluate.json") else "train.json"))
+    base = read(path.with_name(base_of(path)))
     settings = base | read(path)
     locator = ComponentLocator()
     for target in [node["_target_"] for node in nodes(read(path)) if isinstance(node, dict) and "_target_" in node]:
@@ -177,7 +183,7 @@ def test_overlays_of_one_name_agree(one, other):
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
 def test_an_overlay_repeats_nothing(path):
-    base = flat(read(path.with_name("inference.json" if path.name.endswith("evaluate.json") else "train.json")))
+    base = flat(read(path.with_name(base_of(path))))
     assert not {key for key, value in read(path).items() if key in base and base[key] == value}
 
 

@@ -127,6 +127,17 @@ def test_what_fits_the_patch_is_one_pass():
     assert torch.equal(FewWindowsInferer((48, 48, 48))(x, NeedsSixteen()), WholeVolumeInferer()(x, NeedsSixteen()))
 
 
+def test_a_small_patch_makes_many_small_windows():
+    window, counts = FewWindowsInferer((32, 16, 32)).plan((64, 64, 40))
+    assert math.prod(window) <= 32 * 16 * 32 and math.prod(counts) > 8
+
+
+def test_arguments_reach_the_network():
+    x = torch.rand(1, 4, 64, 40, 30)
+    out = FewWindowsInferer((32, 32, 32))(x, lambda part, factor, plus: part * factor + plus, 2.0, plus=1.0)
+    torch.testing.assert_close(out, x * 2 + 1)
+
+
 def test_a_patch_that_is_too_small_for_any_window():
     with pytest.raises(ValueError, match="patch_size"):
         FewWindowsInferer((8, 8, 8))(torch.rand(1, 4, 30, 40, 17), NeedsSixteen())

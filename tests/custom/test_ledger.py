@@ -56,6 +56,7 @@ def finish(ledger, name, failure=None, label=None):
     )
     ledger._start(engine)
     ledger._finish(engine)
+    ledger._wait()
 
 
 def test_an_output_folder_in_the_way_is_named_before_anything_is_read(ledger):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from mednext_tensors import assert_close, images, randomise
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
-from monai.networks.blocks.mednext_block import MedNeXtBlock
 from monai.networks.utils import convert_to_onnx
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from custom.mednext import Block, MedNeXt, mednext_tiny
 
@@ -75,13 +77,39 @@ def test_checkpointing_changes_nothing_but_memory():
         assert_close(q.grad, p.grad)
 
 
-def test_block_keeps_a_third_of_what_monai_keeps():
-    x = images(1, 8, (16, 16, 16))
-    blocks = (Block(8, 8, 4), MedNeXtBlock(8, 8, 4, 3, True, global_resp_norm=True))
-    results = [kept_for_backward(block, x) for block in blocks]
-    ours, monais = (sum(size for size in kept if size >= x.nbytes) for kept, _ in results)
-    assert ours == (1 + 1 + 4) * x.nbytes  # x, centred y, hidden layer before GELU
-    assert ours < 0.35 * monais
+@pytest.fixture
+def around_gelu(monkeypatch):
+    """Weak references to what goes into each GELU and what comes out."""
+    seen, gelu = [], F.gelu
+
+    def watched(x):
+        h = gelu(x)
+        seen.append((StorageWeakRef(x.untyped_storage()), StorageWeakRef(h.untyped_storage())))
+        return h
+
+    monkeypatch.setattr(F, "gelu", watched)
+    return seen
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_block_in_training_does_not_keep_its_hidden_layer(checkpointing, around_gelu):
+    block = Block(8, 8, 4, checkpointing=checkpointing).train()
+    z = block(images(1, 8, (16, 16, 16)).requires_grad_())
+    ((before, hidden),) = around_gelu
+    assert hidden.expired()
+    assert before.expired() == checkpointing
+    z.sum().backward()
+    assert len(around_gelu) > 1  # computed anew
+
+
+def test_a_forward_without_a_backward_leaves_nothing_behind(around_gelu):
+    block = Block(8, 8, 4).train()
+    z = block(images(1, 8, (16, 16, 16)).requires_grad_())
+    ((before, _),) = around_gelu
+    assert not before.expired()
+    del z
+    gc.collect()
+    assert before.expired()
 
 
 def test_scripted_gives_the_same():

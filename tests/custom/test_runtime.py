@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from mednext_tensors import assert_close, images, randomise
 from monai.data import MetaTensor
 from torch import nn
 
-from custom.comnet import CoMNeT
+from custom.comnet import CoMNeT, Segmentation
 from custom.mednext import MedNeXt, mednext_base, mednext_tiny
 from custom.runtime import Runtime
 from custom.runtime.graph import MedNeXtGraph
-from custom.runtime.openvino import OpenVINOMedNeXt, Program, prune
+from custom.runtime.openvino import OpenVINOMedNeXt, Program, core, has_bf16, prune
 
 SIZE = (32, 48, 32)
 
@@ -63,6 +64,7 @@ def test_a_large_offset_costs_no_accuracy():
     assert_close(Program().run(net.float(), x), reference, 1e-3)
 
 
+@pytest.mark.skipif(not has_bf16(), reason="this processor has no bfloat16 arithmetic")
 def test_bf16_is_close_and_not_the_same():
     net, x = network(), images(size=SIZE)
     exact, rough = Program().run(net, x), Program("bf16").run(net, x)
@@ -138,6 +140,26 @@ def test_cached_on_disk_under_weights_and_size(tmp_path):
         assert len(list(tmp_path.glob("*.blob"))) == expected
 
 
+def test_what_is_cached_is_not_compiled_again(tmp_path, monkeypatch):
+    net, x = network(), images(size=SIZE)
+    Program(cache_dir=tmp_path).run(net, x)
+    real = core()
+    without_compiling = SimpleNamespace(import_model=real.import_model, get_property=real.get_property)
+    monkeypatch.setattr("custom.runtime.openvino.core", lambda: without_compiling)
+    assert_close(Program(cache_dir=tmp_path).run(net, x), net(x), 1e-4)
+
+
+def test_a_size_that_fails_does_not_spoil_the_next(monkeypatch):
+    net, program, x = network(), Program(), images(size=SIZE)
+    program.run(net, x)
+    real = program.compile
+    monkeypatch.setattr(program, "compile", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
+    with pytest.raises(RuntimeError):
+        program.run(net, images(size=(48, 48, 32)))
+    monkeypatch.setattr(program, "compile", real)
+    assert_close(program.run(net, x), net(x), 1e-4)
+
+
 def test_a_damaged_cache_is_made_again(tmp_path):
     net, x = network(), images(size=SIZE)
     Program(cache_dir=tmp_path).run(net, x)
@@ -192,7 +214,7 @@ def test_auto_without_openvino_says_so_in_one_line(monkeypatch, caplog):
     net = mednext_base()
     with caplog.at_level(logging.INFO, logger="comnet"):
         assert Runtime(net).network is net
-    assert len(caplog.records) == 1 and "openvino is not installed" in caplog.text
+    assert len(caplog.records) == 1 and "openvino cannot be used: it is not installed" in caplog.text
     with pytest.raises(ValueError, match=r'pip install "comnet-glioma\[cpu\]"'):
         Runtime(net, "openvino")
 
@@ -223,18 +245,32 @@ def test_where_openvino_fails_pytorch_goes_on_unless_it_was_asked_for(monkeypatc
 
     monkeypatch.setattr("custom.runtime.openvino.Program.compile", fail)
     net, x = network(), images(size=SIZE)
-    assert torch.equal(OpenVINOMedNeXt(net, Program(), fall_back=True).eval()(x), net(x))
-    assert "OpenVINO failed, PyTorch goes on: no such instruction" in caplog.text
+    fast = OpenVINOMedNeXt(net, Program(), fall_back=True).eval()
+    assert torch.equal(fast(x), net(x)) and torch.equal(fast(x), net(x))
+    assert caplog.text.count("OpenVINO failed, PyTorch goes on: no such instruction") == 1
     with pytest.raises(RuntimeError):
         OpenVINOMedNeXt(net, Program()).eval()(x)
 
 
-def test_activations_are_freed_before_the_corrector():
-    fast = Runtime(ensemble(), "openvino").network
-    program, released = fast.backbones[0].program, []
-    program.release_memory = lambda: released.append(program.compiled is not None)
+class Corrector(nn.Module):
+    num_samples, seed = 1, 0
+
+    def refine(self, image, coarse, num_samples, seed):
+        self.log.append("corrector")
+        return Segmentation(coarse, torch.zeros_like(coarse))
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_activations_are_freed_before_the_corrector(each):
+    slow, log = ensemble(2), []
+    slow.corrector, slow.refine_each_fold = Corrector(), each
+    slow.corrector.log = log
+    fast = Runtime(slow, "openvino").network
+    program = fast.backbones[0].program
+    program.release_memory = lambda: log.append("released")
     fast(images(size=SIZE))
-    assert released and all(released)
+    assert program.compiled is not None and "corrector" in log
+    assert all(log[at - 1] == "released" for at, what in enumerate(log) if what == "corrector")
 
 
 def test_inputs_of_the_graph_are_named():
