@@ -212,7 +212,7 @@ def main() -> None:
     )
     print(text)
     if arguments.output:
-        write_section(arguments.output, f"mednext {dtype}{' full' if arguments.full else ''}", text)
+        write_section(arguments.output, f"mednext {' '.join(sizes)} {dtype}", text)
 
 
 if __name__ == "__main__":
