@@ -52,6 +52,7 @@ def segment(
     weights = str(weights or bundle_root("comnet_ensemble") / "models")
     settings = ensemble_settings(weights)
     if device:
+        _check_device(device)
         settings["device"] = f"$torch.device('{device}')"
     if sliding_window:
         settings["inferer"] = "@sliding_window"
@@ -88,6 +89,13 @@ def ensemble_settings(weights: str) -> dict[str, Any]:
         settings |= {"corrector": "$None", "network_def#corrector": "$None", "ledger#model": "MedNeXt ensemble"}
     print(f"weights: {described.note}", file=sys.stderr)
     return settings
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: PyTorch sees no GPU here; use --device cpu")
 
 
 def _dataset(inputs: Sequence[str], files: dict[str, str | None]) -> Any:

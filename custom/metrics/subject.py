@@ -53,6 +53,7 @@ def score_subject(
     size = [float(length) for length in spacing]
     if len(size) != 3 or not all(0 < length < math.inf for length in size):
         raise ValueError(f"spacing {tuple(spacing)} is not three positive numbers (mm)")
+    predicted, expected = _around_both(predicted, expected)
     row: dict[str, float] = {}
     for region, ours, theirs in zip(REGIONS, predicted, expected, strict=True):
         scores = overlap_scores(ours, theirs) | surface_scores(ours, theirs, size, tolerance_mm)
@@ -60,6 +61,15 @@ def score_subject(
         row |= {f"{region}_{name}": value for name, value in scores.items()}
     means = {name: mean_of_defined(row[f"{region}_{name}"] for region in REGIONS) for name in SCORES + LESION_SCORES}
     return row | {f"mean_{name}": value for name, value in means.items()}
+
+
+def _around_both(*masks: torch.Tensor, margin: int = 2) -> list[torch.Tensor]:
+    """Crop to the box of all foreground and a margin: no score depends on the rest, and it is most of a volume."""
+    where = torch.stack(masks).flatten(0, 1).any(0).nonzero()
+    if not len(where):
+        return list(masks)
+    low, high = (where.amin(0) - margin).clamp_min(0).tolist(), (where.amax(0) + 1 + margin).tolist()
+    return [mask[(slice(None), *map(slice, low, high))] for mask in masks]
 
 
 def _binary(mask: NdarrayOrTensor, name: str) -> torch.Tensor:

@@ -154,3 +154,9 @@ def test_pack_names_the_files_of_a_release(tmp_path, capsys):
         "comnet_corrdiff",
         "comnet_ensemble",
     }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(dataset, weights, tmp_path):
+    message = comnet("segment", dataset, "--output_dir", tmp_path, "--weights", weights, "--device", "cuda")
+    assert "PyTorch sees no GPU here; use --device cpu" in str(message)
