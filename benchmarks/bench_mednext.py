@@ -27,8 +27,8 @@ from timing import (
     markdown_table,
     peak_bytes,
     peak_resident_bytes,
+    publish,
     status_bytes,
-    write_section,
 )
 from torch import Tensor, nn
 
@@ -210,9 +210,7 @@ def main() -> None:
         "after one warm-up, all networks turn by turn; memory in a process of its own, without what imports take. "
         f"“times” is how many times less than {PEER}.\n\n" + "\n\n".join(tables)
     )
-    print(text)
-    if arguments.output:
-        write_section(arguments.output, f"mednext {' '.join(sizes)} {dtype}", text)
+    publish(text, arguments.output, f"mednext {' '.join(sizes)} {dtype}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from monai.bundle import ConfigParser
 from monai.metrics import compute_dice
-from timing import environment, markdown_table, write_section
+from timing import environment, markdown_table, publish
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -75,9 +75,7 @@ def main() -> None:
         "## OpenVINO's masks against PyTorch's\n\n`python benchmarks/bench_runtimes.py --data BRATS2021 --checkpoint …`"
         f"\n\n{environment()}; MedNeXt-B after a short training. {summary}.\n\n{table}"
     )
-    print(text)
-    if arguments.output:
-        write_section(arguments.output, "runtimes", text)
+    publish(text, arguments.output, "runtimes")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 from bench_mednext import FULL, monais
 from monai.bundle import ConfigParser
 from monai.inferers import SlidingWindowInferer
-from timing import environment, markdown_table, write_section
+from timing import environment, markdown_table, publish
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -160,9 +160,7 @@ def main() -> None:
         }
         for part in arguments.parts:
             text = f"## {titles[part]}\n\n`{command} --parts {part}`\n\n{environment()}.\n\n{makers[part]()}"
-            print(text, flush=True)
-            if arguments.output:
-                write_section(arguments.output, part, text)
+            publish(text, arguments.output, part)
 
 
 if __name__ == "__main__":

@@ -111,3 +111,10 @@ def write_section(report: Path, name: str, text: str) -> None:
     temporary = report.with_name(f".{report.name}.{os.getpid()}")
     temporary.write_text(new)
     os.replace(temporary, report)
+
+
+def publish(text: str, report: Path | None, section: str) -> None:
+    """Print `text`, and put it into a section of a Markdown report if there is one."""
+    print(text, flush=True)
+    if report:
+        write_section(report, section, text)

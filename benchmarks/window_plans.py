@@ -25,18 +25,18 @@ import torch.nn.functional as F
 from monai.bundle import ConfigParser
 from monai.inferers import Inferer, SlidingWindowInferer
 from monai.transforms import Compose
-from timing import environment, markdown_table, write_section
+from timing import environment, markdown_table, publish
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from custom.checkpoints import load_network
+from custom.cohort import REGIONS
 from custom.inferers import FewWindowsInferer, WholeVolumeInferer
 from custom.mednext import mednext_tiny
 from custom.weights import fold_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-REGIONS = ("ET", "TC", "WT")
 
 
 class TumourWindow(Inferer):
@@ -122,9 +122,7 @@ def main() -> None:
         f"{count} subjects, each by the backbone of its held-out fold, at {small['spacing'][0]:g} mm, windows of "
         f"{'×'.join(map(str, patch))}; median of 3 runs each.\n\n{markdown_table(header, rows)}"
     )
-    print(text)
-    if arguments.output:
-        write_section(arguments.output, "window plans", text)
+    publish(text, arguments.output, "window plans")
 
 
 if __name__ == "__main__":

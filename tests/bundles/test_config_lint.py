@@ -52,9 +52,7 @@ def name_of(path: Path) -> str:
 
 
 def base_of(overlay: Path) -> str:
-    return (
-        "inference.json" if overlay.name.endswith("evaluate.json") or overlay.name == "openvino.json" else "train.json"
-    )
+    return "inference.json" if overlay.name.endswith(("evaluate.json", "openvino.json")) else "train.json"
 
 
 def read(path: Path) -> dict[str, Any]:
