@@ -35,7 +35,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from custom.mednext import mednext_base
-from custom.runtime import Runtime
+from custom.mednext.runtime import Runtime
 
 QUICK, FULL = (64, 80, 64), (128, 160, 112)
 

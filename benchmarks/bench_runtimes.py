@@ -22,11 +22,11 @@ from timing import environment, markdown_table, publish
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from custom.checkpoints import load_network
 from custom.cohort import REGIONS, Cohort
-from custom.inferers import FewWindowsInferer
+from custom.inference import FewWindowsInferer
 from custom.mednext import mednext_base
-from custom.runtime import PRECISIONS, Runtime
+from custom.mednext.runtime import PRECISIONS, Runtime
+from custom.weights import load_network
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCH = (128, 160, 112)

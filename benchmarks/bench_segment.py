@@ -29,11 +29,11 @@ from timing import environment, markdown_table, publish
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from custom.checkpoints import save_atomically
 from custom.cohort import Cohort
 from custom.comnet import CoMNeT
 from custom.corrdiff import corrdiff_base, corrdiff_tiny
 from custom.mednext import mednext_base, mednext_tiny
+from custom.weights import save_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGED = Path(__file__).with_name("staged_segment.py")

@@ -23,7 +23,7 @@ from timing import environment, markdown_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from custom.checkpoints import load_network
+from custom.weights import load_network
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "comnet_corrdiff"
 ERROR = 0.1

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from timing import peak_resident_bytes
 
 from custom import cli, comnet, ledger
-from custom.inferers import SubjectDataset, SubjectEvaluator
-from custom.runtime.openvino import OpenVINOMedNeXt
+from custom.inference import SubjectDataset, SubjectEvaluator
+from custom.mednext.openvino import OpenVINOMedNeXt
 
 seconds: defaultdict[str, float] = defaultdict(float)
 

@@ -30,11 +30,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from custom.checkpoints import load_network
 from custom.cohort import REGIONS
-from custom.inferers import FewWindowsInferer, WholeVolumeInferer
+from custom.inference import FewWindowsInferer, WholeVolumeInferer
 from custom.mednext import mednext_tiny
-from custom.weights import fold_checkpoint
+from custom.weights import fold_checkpoint, load_network
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import NetworkLoader, load_network, load_part
 from .cohort import REGIONS
-from .weights import NUM_FOLDS, weight_files
+from .weights import NUM_FOLDS, NetworkLoader, load_network, load_part, weight_files
 
 logger = logging.getLogger("comnet")
 
@@ -112,7 +111,7 @@ class CoMNeT(nn.Module):
 
     @torch.jit.unused
     def release_memory(self) -> None:
-        """Have backbones that another library executes free their activations: see :mod:`custom.runtime`."""
+        """Have backbones that another library executes free their activations: see :mod:`custom.mednext.runtime`."""
         for backbone in self.backbones:
             if hasattr(backbone, "release_memory"):
                 backbone.release_memory()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from .checks import check_subject
 from .cohort import Cohort
-from .datalist import build_datalist, exclusions_file, load_datalist, write_datalist
-from .discovery import find_subjects, subject_from_files
-from .folds import assign_folds
-from .layouts import LAYOUTS, subjects_from_names
+from .datalist import assign_folds, build_datalist, exclusions_file, load_datalist, write_datalist
+from .layouts import LAYOUTS, find_subjects, subject_from_files, subjects_from_names
 from .subject import MODALITIES, PALETTES, REGION_TISSUES, REGIONS, Exclusion, Subject, SubjectError, palette_values
 
 __all__ = [

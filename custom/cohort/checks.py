@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
+from monai.utils import optional_import
 
-from .labels import check_labels
-from .subject import MODALITIES, Subject, SubjectError
+from .subject import MODALITIES, PALETTES, REGION_TISSUES, REGIONS, Exclusion, Subject, SubjectError
 from .volumes import read_volume
 
 GRID_TOLERANCE = 1e-3
@@ -165,3 +168,133 @@ def _image_warnings(images: list[_Image]) -> list[str]:
         for image in images
         if not image.oriented
     ]
+
+
+MOST_MASK_VALUES = 16
+
+
+def check_labels(
+    subject: Subject, voxels: np.ndarray, unknown_labels: str, allow_empty_mask: bool
+) -> tuple[dict[str, int], list[str]]:
+    """Count the voxels of each region in a mask of the subject's palette.
+
+    Returns:
+        Voxels per region, and warnings.
+
+    Raises:
+        SubjectError: an image in place of a mask, labels outside the palette, or no tumour, unless allowed.
+    """
+    counts = _count_labels(subject, voxels)
+    palette = PALETTES[subject.palette]
+    unknown = {label: count for label, count in counts.items() if label not in palette.values()}
+    warnings = _check_unknown(subject, unknown, unknown_labels) if unknown else []
+    regions = {region: sum(counts.get(palette[tissue], 0) for tissue in REGION_TISSUES[region]) for region in REGIONS}
+    if regions["WT"] == 0:
+        warnings.append(_check_empty(subject, allow_empty_mask))
+    elif set(counts) - set(unknown) == {palette["core"]}:
+        warnings.append(
+            f"mask: holds only label {palette['core']}, which the palette reads as tumour core: "
+            "check that it is no mask of the whole tumour or of the brain"
+        )
+    return regions, warnings
+
+
+def _count_labels(subject: Subject, voxels: np.ndarray) -> dict[int, int]:
+    values, counts = np.unique(voxels[voxels != 0], return_counts=True)
+    if values.size > MOST_MASK_VALUES:
+        reason = f"the mask holds {values.size} distinct values from {values[0]:g} to {values[-1]:g}, as an image does"
+        raise SubjectError(subject.name, str(subject.label), reason, "Check whether image and mask were swapped")
+    if (values != np.rint(values)).any():
+        reason = f"the mask holds values that are no whole numbers ({', '.join(f'{v:g}' for v in values)})"
+        remedy = "Resample masks with nearest neighbour, and save them as integers"
+        raise SubjectError(subject.name, str(subject.label), reason, remedy)
+    return {int(value): int(count) for value, count in zip(values, counts, strict=True)}
+
+
+def _check_unknown(subject: Subject, unknown: dict[int, int], unknown_labels: str) -> list[str]:
+    labels = ", ".join(f"{label} ({count} voxels)" for label, count in unknown.items())
+    meaning = ", ".join(f"{tissue} {label}" for tissue, label in PALETTES[subject.palette].items())
+    if unknown_labels == "background":
+        return [f"mask: undocumented labels count as background: {labels}"]
+    reason = f"the mask holds labels that palette {subject.palette} ({meaning}) does not know: {labels}"
+    remedy = 'Correct the mask, keep the subject with unknown_labels="background", or give the palette it is written in'
+    raise SubjectError(subject.name, str(subject.label), reason, remedy)
+
+
+def _check_empty(subject: Subject, allow_empty_mask: bool) -> str:
+    if not allow_empty_mask:
+        remedy = "Correct the mask, or keep the subject with allow_empty_mask=True"
+        raise SubjectError(subject.name, str(subject.label), "the mask holds no tumour", remedy)
+    return "mask: holds no tumour"
+
+
+T = TypeVar("T")
+MOST_WORKERS = 8
+MOST_LINES = 10
+
+logger = logging.getLogger("comnet")
+
+
+def check_subjects(
+    subjects: Sequence[Subject], num_workers: int | None = None, progress: bool = False, **options: Any
+) -> tuple[list[tuple[Subject, dict[str, Any]]], list[Exclusion]]:
+    """Run `check_subject` over all subjects in threads (unpacking and hashing let go of the interpreter lock).
+
+    Args:
+        subjects: what to check.
+        num_workers: threads; by default one per processor core, at most 8, as each holds an image in memory.
+        progress: show a bar with the time left on a terminal.
+        options: passed on to `check_subject`.
+
+    Returns:
+        Good subjects with their facts, and exclusions, both in the order of `subjects`.
+    """
+
+    def check(subject: Subject) -> dict[str, Any] | Exclusion:
+        try:
+            return check_subject(subject, **options)
+        except SubjectError as error:
+            return Exclusion.of(error)
+
+    workers = num_workers or min(MOST_WORKERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        results = list(_with_bar(pool.map(check, subjects), len(subjects), progress))
+    kept = [pair for pair in zip(subjects, results, strict=True) if isinstance(pair[1], dict)]
+    return kept, [result for result in results if isinstance(result, Exclusion)]
+
+
+def log_outcome(
+    kept: Sequence[tuple[Subject, dict[str, Any]]], exclusions: Sequence[Exclusion], source: str, places: str = ""
+) -> None:
+    """Log how many subjects were kept, and as warnings what was excluded or is odd; `places` tells where to read on.
+
+    Raises:
+        ValueError: nothing was kept; quotes the first exclusions.
+    """
+    excluded = [str(exclusion) for exclusion in exclusions]
+    if not kept:
+        raise ValueError(f"no usable subject in {source}: all {len(excluded)} are excluded. {_first(excluded, places)}")
+    if not excluded:
+        logger.info("%s: %d subjects kept, none excluded", source, len(kept))
+    else:
+        logger.warning(
+            "%s: %d subjects kept, %d excluded. %s", source, len(kept), len(excluded), _first(excluded, places)
+        )
+    odd = [f"{subject.name}: {warning}." for subject, facts in kept for warning in facts["warnings"]]
+    if odd:
+        logger.warning("%s: %d warnings about subjects that were kept. %s", source, len(odd), _first(odd, places))
+
+
+def _first(lines: Sequence[str], places: str) -> str:
+    more = f" … and {len(lines) - MOST_LINES} more{places}." if len(lines) > MOST_LINES else ""
+    return " | ".join(lines[:MOST_LINES]) + more
+
+
+def _with_bar(results: Iterable[T], total: int, progress: bool) -> Iterator[T]:
+    if not progress:
+        return iter(results)
+    tqdm, installed = optional_import("tqdm", name="tqdm")
+    if not installed:
+        logger.info("tqdm is not installed: checking %d subjects without a progress bar", total)
+        return iter(results)
+    return iter(tqdm(results, total=total, desc="checking subjects", unit="subject", disable=None))

@@ -9,9 +9,9 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from .checking import check_subjects
+from .checks import check_subjects
 from .datalist import build_datalist, load_datalist, with_absolute_paths, write_datalist
-from .discovery import DatasetDir, PathLike, find_subjects
+from .layouts import DatasetDir, PathLike, find_subjects
 from .subject import Exclusion
 
 logger = logging.getLogger("comnet")

@@ -1,12 +1,136 @@
-"""Names → subjects: no file is opened here, so that a listing is as good as a disk."""
+"""Folders and file names → subjects: which role a file plays, told by its name alone; no file is opened."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
 
-from .names import DEFAULT_PALETTES, EXPECTED, LABEL_SOURCES, LAYOUTS, by_role, case_of, is_nifti, recognise
 from .subject import MODALITIES, PALETTES, Exclusion, Subject, SubjectError
+
+LAYOUTS = ("utsw", "brats2021", "brats2023", "plain")
+LABEL_SOURCES = ("manual", "expert", "unknown", "automatic")
+DEFAULT_PALETTES = {"utsw": "brats2021", "brats2021": "brats2021", "brats2023": "brats2023", "plain": "brats2021"}
+
+EXPECTED: dict[str, dict[str, str]] = {
+    "utsw": {
+        "t1n": "brain_t1",
+        "t1c": "brain_t1ce",
+        "t2w": "brain_t2",
+        "flair": "brain_flair",
+        "label": "rtumorseg_manual_correction or tumorseg_FeTS",
+    },
+    "brats2021": {
+        "t1n": "<case>_t1",
+        "t1c": "<case>_t1ce",
+        "t2w": "<case>_t2",
+        "flair": "<case>_flair",
+        "label": "<case>_seg",
+    },
+    "brats2023": {
+        "t1n": "<case>-t1n",
+        "t1c": "<case>-t1c",
+        "t2w": "<case>-t2w",
+        "flair": "<case>-t2f",
+        "label": "<case>-seg",
+    },
+    "plain": {
+        "t1n": "T1, T1n or T1w",
+        "t1c": "T1c, T1ce, T1Gd or T1post",
+        "t2w": "T2 or T2w",
+        "flair": "FLAIR, T2-FLAIR or T2f",
+        "label": "seg, label or mask",
+    },
+}
+
+_UTSW_ROLES = {
+    "brain_t1": "t1n",
+    "brain_t1ce": "t1c",
+    "brain_t2": "t2w",
+    "brain_flair": "flair",
+    "rtumorseg_manual_correction": "manual",
+    "tumorseg_fets": "automatic",
+}
+_CASE_SUFFIXES = {
+    "brats2021": ("_", {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "flair", "seg": "expert"}),
+    "brats2023": ("-", {"t1n": "t1n", "t1c": "t1c", "t2w": "t2w", "t2f": "flair", "seg": "expert"}),
+}
+_PLAIN_WORDS = {
+    "t1n": {"t1", "t1n", "t1w", "t1pre", "t1native"},
+    "t1c": {"t1c", "t1ce", "t1gd", "t1gad", "t1post", "t1contrast", "t1wce"},
+    "t2w": {"t2", "t2w"},
+    "flair": {"flair", "t2flair", "t2f", "t2wflair"},
+}
+_CONTRAST_WORDS = {"c", "ce", "gd", "gad", "gado", "post", "postcontrast", "contrast"}
+_MASK_WORDS = {"seg", "segm", "segmentation", "label", "labels", "labelmap", "mask", "tumorseg", "tumourseg"}
+_OTHER_IMAGES = {"ants", "map", "mapping", "star", "swi"}
+
+
+def is_nifti(name: str) -> bool:
+    """Whether a file name is that of a visible NIfTI file (`._T1.nii.gz`, which macOS leaves behind, is not)."""
+    return name.lower().endswith((".nii", ".nii.gz")) and not name.startswith(".")
+
+
+def stem(name: str) -> str:
+    """File name in lower case without folder and without `.nii` or `.nii.gz`."""
+    return name.rpartition("/")[2].lower().removesuffix(".gz").removesuffix(".nii")
+
+
+def case_of(name: str, layout: str) -> str:
+    """The `<case>` part of a BraTS file name, empty in the other layouts."""
+    return stem(name).rpartition(_CASE_SUFFIXES[layout][0])[0] if layout in _CASE_SUFFIXES else ""
+
+
+def role_of(name: str, layout: str) -> str | None:
+    """A modality key, a label source (then the file is a tumour mask), or None where the name says neither."""
+    if layout == "utsw":
+        return _UTSW_ROLES.get(stem(name))
+    if layout == "plain":
+        return _plain_role(re.split(r"[_\-. ]+", stem(name)))
+    separator, roles = _CASE_SUFFIXES[layout]
+    case, _, suffix = stem(name).rpartition(separator)
+    return roles.get(suffix) if case else None
+
+
+def by_role(names: Iterable[str], layout: str) -> dict[str, list[str]]:
+    """All candidates for each role; names that play none are left out."""
+    candidates: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if role := role_of(name, layout):
+            candidates.setdefault(role, []).append(name)
+    return candidates
+
+
+def recognise(names: Iterable[str]) -> str:
+    """The layout in which most modalities have a name.
+
+    On a tie the stricter convention wins: every BraTS name can also be read as a plain one, and the palette hangs on
+    the difference.
+    """
+    names = list(names)
+    return max(LAYOUTS, key=lambda layout: sum(key in MODALITIES for key in by_role(names, layout)))
+
+
+def _plain_role(words: list[str]) -> str | None:
+    roles = {role for role, known in _PLAIN_WORDS.items() if known.intersection(words)}
+    if "t1n" in roles and _names_contrast(words):
+        roles = roles - {"t1n"} | {"t1c"}
+    if roles == {"t2w", "flair"}:
+        roles = {"flair"}
+    if _MASK_WORDS.intersection(words):
+        return None if roles or "brain" in words else "unknown"
+    return roles.pop() if len(roles) == 1 and not _OTHER_IMAGES.intersection(words) else None
+
+
+def _names_contrast(words: list[str]) -> bool:
+    """Whether a word for contrast stands next to T1; elsewhere it may belong to the case name (`pat-c_01_T1`)."""
+    pairs = list(pairwise(words))
+    after = any(a in _PLAIN_WORDS["t1n"] and b in _CONTRAST_WORDS for a, b in pairs)
+    before = any(b in _PLAIN_WORDS["t1n"] and a in _CONTRAST_WORDS - {"c"} for a, b in pairs)
+    return after or before
+
 
 _SHOWN = 12
 
@@ -148,3 +272,128 @@ def _one_case(name: str, folder: str, files: list[str], layout: str) -> None:
     if len(cases) > 1:
         reason = f"the files belong to different cases: {shorten(files)}"
         raise SubjectError(name, folder, reason, "Keep the files of one case in a folder")
+
+
+PathLike = str | os.PathLike
+DatasetDir = PathLike | Sequence[PathLike] | Mapping[str, PathLike]
+
+
+def find_subjects(
+    dataset_dir: DatasetDir, layout: str = "auto", palette: str | None = None, require_label: bool = True
+) -> tuple[list[Subject], list[Exclusion]]:
+    """Find subjects by the names of their files; nothing is opened.
+
+    Args:
+        dataset_dir: a folder of subject folders, one subject's own folder, a list of such folders, or one subject as
+            the arguments of `subject_from_files`.
+        layout: one of `LAYOUTS`, or "auto" to recognise it subject by subject.
+        palette: key of `PALETTES`; by default that of the layout. Never guessed from voxels.
+        require_label: leave subjects without a mask out.
+
+    Returns:
+        Subjects (absolute paths) in order of their names, and the folders that are none.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        NotADirectoryError: a file was given.
+        ValueError: a folder holds nothing that could be a subject; unknown layout or palette.
+        SubjectError: two subjects of the same name.
+    """
+    if isinstance(dataset_dir, Mapping):
+        return [subject_from_files(**dataset_dir)], []
+    subjects: list[Subject] = []
+    exclusions: list[Exclusion] = []
+    for root in dataset_roots(dataset_dir):
+        found, left_out = subjects_from_names(_list_names(root), layout, palette, require_label, str(root))
+        if not found and not left_out:
+            raise ValueError(_nothing_found(root, layout))
+        subjects += found
+        exclusions += left_out
+    reject_namesakes(subjects)
+    return sorted(subjects, key=lambda s: s.name), sorted(exclusions, key=lambda e: (e.subject, e.file))
+
+
+def subject_from_files(
+    t1n: PathLike,
+    t1c: PathLike,
+    t2w: PathLike,
+    flair: PathLike,
+    name: str | None = None,
+    label: PathLike | None = None,
+    palette: str = "brats2021",
+) -> Subject:
+    """One subject from four files whatever their names; `name` is by default that of the folder of `t1n`.
+
+    Raises:
+        ValueError: unknown palette.
+    """
+    check_choices("auto", palette)
+    images = tuple(_absolute(file) for file in (t1n, t1c, t2w, flair))
+    return Subject(
+        name=name or os.path.basename(os.path.dirname(images[0])) or "subject",
+        layout="files",
+        images=images,
+        label=None if label is None else _absolute(label),
+        palette=palette,
+        label_source=None if label is None else "unknown",
+    )
+
+
+def dataset_roots(dataset_dir: PathLike | Sequence[PathLike]) -> list[Path]:
+    """The dataset folders as absolute paths.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        NotADirectoryError: a file was given.
+        ValueError: an empty list was given.
+    """
+    given = [dataset_dir] if isinstance(dataset_dir, (str, os.PathLike)) else list(dataset_dir)
+    if not given:
+        raise ValueError("dataset_dir is an empty list: give at least one folder.")
+    roots = [Path(_absolute(folder)) for folder in given]
+    for root in roots:
+        if not root.exists():
+            raise FileNotFoundError(
+                f"dataset_dir {root} does not exist: give a folder of subject folders, or one subject's folder."
+            )
+        if not root.is_dir():
+            raise NotADirectoryError(
+                f"dataset_dir {root} is a file: give the folder that holds it, {root.parent}, "
+                "or name the four modalities one by one."
+            )
+    return roots
+
+
+def base_folder(dataset_dir: PathLike | Sequence[PathLike]) -> Path:
+    """The folder that the paths of a datalist are relative to: the innermost one that holds every dataset folder."""
+    return Path(os.path.commonpath(dataset_roots(dataset_dir)))
+
+
+def _absolute(path: PathLike) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _list_names(root: Path) -> list[str]:
+    """Visible files in the folder and in its subfolders; a subfolder without files is listed with a slash."""
+    names: list[str] = []
+    for entry in _visible(root):
+        if not entry.is_dir():
+            names.append(entry.name)
+            continue
+        files = [file.name for file in _visible(entry.path) if not file.is_dir()]
+        names += [f"{entry.name}/{file}" for file in files] or [f"{entry.name}/"]
+    return names
+
+
+def _visible(folder: PathLike) -> list[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _nothing_found(root: Path, layout: str) -> str:
+    layouts = EXPECTED if layout == "auto" else [layout]
+    looked_for = "; ".join(f"{name}: {', '.join(EXPECTED[name].values())}" for name in layouts)
+    return (
+        f"no subject in {root}: looked for subfolders, or files (.nii or .nii.gz) in it, named as {looked_for}. "
+        f"The folder holds {shorten(entry.name for entry in _visible(root))}."
+    )

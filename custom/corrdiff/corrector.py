@@ -3,16 +3,17 @@
 Annotations stay evaluated here: TorchScript cannot resolve postponed ones in a `NamedTuple`.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
-from ..vqvae import ResidualVQVAE, crop_like, pad_to_multiple
 from .denoiser import ConditionEncoder, Denoiser
 from .diffusion import LatentDiffusion, LatentScale
-from .inputs import binary_entropy, brain_mask, condition
+from .vqvae import ResidualVQVAE, crop_like, pad_to_multiple
 
 STAGES = ("vq", "diffusion", "joint")
 
@@ -227,3 +228,46 @@ class CorrDiff(nn.Module):
     def correct(self, coarse: Tensor, gain: Tensor, residual: Tensor) -> Tensor:
         """Add the correction, in `coarse`'s own type."""
         return (coarse.float() + gain * residual).to(coarse.dtype)
+
+
+def binary_entropy(logits: Tensor) -> Tensor:
+    """Uncertainty of each region on its own, of any shape, in bits: 1 at a logit of 0, 0 where the backbone is sure."""
+    probability = torch.sigmoid(logits)
+    nats = probability * F.softplus(-logits) + (1 - probability) * F.softplus(logits)  # exported logsigmoid overflows
+    return nats / math.log(2.0)
+
+
+def condition(image: Tensor, coarse: Tensor, limit: float) -> Tensor:
+    """Stack image, probabilities, logits and entropies.
+
+    Args:
+        image: `[B, 4, *spatial]`, normalised modalities.
+        coarse: logits `[B, 3, *spatial]`.
+        limit: logits are clamped to ±limit and divided by it, so that a certain voxel does not drown the others.
+
+    Returns:
+        `[B, 13, *spatial]`.
+    """
+    clamped = coarse.clamp(-limit, limit)
+    return torch.cat([image, torch.sigmoid(coarse), clamped / limit, binary_entropy(clamped)], 1)
+
+
+def brain_mask(image: Tensor) -> Tensor:
+    """Voxels of `image` `[B, 4, *spatial]` where any modality is not zero, `[B, 1, *spatial]`."""
+    return (image != 0).any(1, keepdim=True)
+
+
+def corrdiff_base(**options: Any) -> CorrDiff:
+    """CorrDiff for 1 mm: its defaults; `options` are passed on to :class:`CorrDiff`, e.g. `num_samples`, `seed`."""
+    return CorrDiff(**options)
+
+
+def corrdiff_tiny(**options: Any) -> CorrDiff:
+    """CorrDiff for demonstrations at 2 mm on a CPU: no layer but the first and last above the latent grid.
+
+    Args:
+        options: passed on to :class:`CorrDiff`, as for :func:`corrdiff_base`.
+    """
+    tokeniser = ResidualVQVAE(channels=(32,), stride=4, latent_channels=32, codes_per_vector=4)
+    diffusion = LatentDiffusion(Denoiser(tokeniser.latent_channels, channels=(32, 64)))
+    return CorrDiff(tokeniser, diffusion, **options)

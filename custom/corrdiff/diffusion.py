@@ -7,11 +7,11 @@ from the first as mean 0.20, sd 0.69.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from monai.networks.schedulers import DDPMScheduler
 from torch import Tensor, nn
-
-from .noise import gaussian_noise
 
 PREDICTIONS = ("v_prediction", "epsilon")
 LINEAR_BETAS = {"beta_start": 5e-4, "beta_end": 0.1}
@@ -166,3 +166,40 @@ def reverse_timesteps(num_train_timesteps: int, num_steps: int) -> list[int]:
             f"{num_steps} reverse steps do not divide {num_train_timesteps} training timesteps: choose a divisor"
         )
     return list(range(num_train_timesteps - 1, -1, -(num_train_timesteps // num_steps)))
+
+
+def gaussian_noise(like: Tensor, channels: int, seed: int, draw: int) -> Tensor:
+    """Standard normal noise from a hash of seed, draw and position (Box and Muller 1958).
+
+    A random generator keeps a state that an exported network cannot have, and no two runtimes have the same one.
+    Integers are kept to 32 bits in 64, since not every runtime has unsigned ones.
+
+    Args:
+        like: `[B, C, *spatial]`, whose grid and device are taken.
+        channels: of the noise.
+        seed: any integer.
+        draw: number of the draw; each has noise of its own.
+
+    Returns:
+        `[1, channels, *spatial]`, float32.
+    """
+    shape = [1, channels, like.shape[2], like.shape[3], like.shape[4]]
+    counter = 2 * torch.arange(shape[1] * shape[2] * shape[3] * shape[4], device=like.device)
+    key = ((seed & 0xFFFFFFFF) * 0x9E3779B1 + draw * 0x85EBCA6B) & 0xFFFFFFFF
+    radius = (-2.0 * torch.log(uniform(counter, key))).sqrt()
+    return (radius * torch.cos(2.0 * math.pi * uniform(counter + 1, key))).view(shape)
+
+
+def uniform(counter: Tensor, key: int) -> Tensor:
+    """Hash integers to floats between 0 and 1, both excluded, in steps of 2⁻²³."""
+    word = scramble(scramble((counter + key) & 0xFFFFFFFF) ^ key)
+    return ((word // 512).float() + 0.5) / 8388608.0
+
+
+def scramble(word: Tensor) -> Tensor:
+    """One-to-one mixing of 32 bits: xor with the upper bits and odd multiplication, twice over, as in MurmurHash3."""
+    word = word ^ (word // 65536)
+    word = (word * 0x85EBCA6B) & 0xFFFFFFFF
+    word = word ^ (word // 8192)
+    word = (word * 0xC2B2AE35) & 0xFFFFFFFF
+    return word ^ (word // 65536)

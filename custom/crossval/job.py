@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..bundle_run import bundle_command, config_files, run_bundle
 from ..files import file_sha256
-from ..running import bundle_command, config_files, run_bundle
 from .overlays import key_parts
 
 

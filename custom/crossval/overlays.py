@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ..bundle_run import bundle_root, config_files
 from ..files import write_text
-from ..running import bundle_root, config_files
 
 RUNS = (
     ("comnet_mednext", "train.json"),

@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..running import known_reason
+from ..bundle_run import known_reason
 from .job import Job
 
 
@@ -45,7 +45,7 @@ def run_job(job: Job, log: Path) -> Outcome:
         try:
             job.run()
         except SystemExit as leave:
-            from ..ledger import EXIT_SOME_FAILED
+            from ..batch import EXIT_SOME_FAILED
 
             some_failed = leave.code == EXIT_SOME_FAILED
             warning = "some subjects failed or were excluded" if some_failed else ""

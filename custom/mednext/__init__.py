@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from .blocks import Block, UpBlock
-from .mic_dkfz import MIC_DKFZ_NAMES, from_mic_dkfz
-from .network import MedNeXt, mednext_base, mednext_large, mednext_medium, mednext_small, mednext_tiny
+from .network import (
+    MIC_DKFZ_NAMES,
+    MedNeXt,
+    from_mic_dkfz,
+    mednext_base,
+    mednext_large,
+    mednext_medium,
+    mednext_small,
+    mednext_tiny,
+)
 
 __all__ = [
     "MIC_DKFZ_NAMES",

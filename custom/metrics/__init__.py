@@ -16,12 +16,9 @@ for empty regions too, and NaN only where the brain is empty (`calibration`).
 from __future__ import annotations
 
 from .calibration import CalibrationErrord, calibration_columns, calibration_scores
-from .handlers import MeanRegionDice, RegionDice
 from .lesions import LESION_SCORES, lesion_scores
 from .paired import paired_differences
-from .regions import EMPTY_HD95_MM
-from .subject import SCORES, score_subject
-from .summary import summarise
+from .scores import EMPTY_HD95_MM, SCORES, MeanRegionDice, RegionDice, score_subject, summarise
 
 __all__ = [
     "EMPTY_HD95_MM",

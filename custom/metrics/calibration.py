@@ -12,7 +12,7 @@ from monai.transforms import MapTransform
 from monai.utils import convert_to_tensor
 
 from ..cohort import REGIONS
-from .summary import mean_of_defined
+from .scores import mean_of_defined
 
 OUTPUT_KEY, BRIER_KEY = "calibration", "brier"
 
@@ -58,7 +58,7 @@ class CalibrationErrord(MapTransform):
     """Measure the calibration of a subject's probabilities, see :func:`calibration_scores`, over its brain only.
 
     For a chain of postprocessing, after :class:`custom.transforms.MaskToBraind` and before the threshold. Voxels
-    outside the brain are left out. The numbers are plain floats, which ``custom.ledger.Ledger`` puts among the scores.
+    outside the brain are left out. The numbers are plain floats, which ``custom.batch.Ledger`` puts among the scores.
 
     `{"_target_": "custom.metrics.CalibrationErrord", "keys": "pred"}`
 

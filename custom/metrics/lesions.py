@@ -21,8 +21,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
-
-from .regions import crop_to_masks
+from monai.transforms.utils import generate_spatial_bounding_box
 
 logger = logging.getLogger("comnet")
 
@@ -91,3 +90,10 @@ def _panoptica() -> ModuleType | None:
         logger.warning("no lesion-wise scores (NaN): %s; pip install 'panoptica>=2.1,<3'", error)
         return None
     return panoptica
+
+
+def crop_to_masks(prediction: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut both masks `[X, Y, Z]` to the box around their union, which must not be empty."""
+    start, end = generate_spatial_bounding_box((prediction | reference)[None])
+    box = tuple(map(slice, start, end))
+    return prediction[box], reference[box]

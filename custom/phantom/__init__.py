@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .files import write_cohort, write_phantom
+from .dataset import write_cohort, write_phantom
 from .simulate import simulate
 
 __all__ = ["simulate", "write_cohort", "write_phantom"]

@@ -5,11 +5,12 @@ Positions are in the brain's own frame: millimetres, axes to the Right, Anterior
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from .fields import SmoothField, capsule, ellipsoid, inside, smooth_min
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 BRAIN_BOX_MM = ((-76.0, -95.0, -82.0), (76.0, 92.0, 69.0))
 VENTRICLE_TUBES = (
@@ -147,3 +148,129 @@ class Brain:
         mirrored = np.abs(p)
         mirrored[1:] = p[1:]
         return np.minimum.reduce([ellipsoid(mirrored, centre, radii) for centre, radii in NUCLEI])
+
+
+NODES = 48
+NODES_PER_LENGTH = 5.0
+
+
+class SmoothField:
+    """Stationary, periodic Gaussian random field with zero mean and unit variance.
+
+    White noise on a lattice is low-pass (or band-pass) filtered and read between the nodes by linear interpolation:
+    the field is a continuous function of position, and the draw does not depend on where it will be evaluated.
+
+    Args:
+        rng: generator that draws the lattice.
+        length: size of the field's features in mm; the field repeats after about 10 lengths.
+        band_pass: take features of about `length` only, and no larger ones.
+    """
+
+    def __init__(self, rng: np.random.Generator, length: float, band_pass: bool = False) -> None:
+        """Draws the field."""
+        noise = rng.standard_normal((NODES,) * 3)
+        nodes = ndimage.gaussian_filter(noise, NODES_PER_LENGTH / 2.355, mode="wrap")
+        if band_pass:
+            nodes -= ndimage.gaussian_filter(noise, NODES_PER_LENGTH / 1.5, mode="wrap")
+        nodes = (nodes - nodes.mean()) / nodes.std()
+        self.step = length / NODES_PER_LENGTH
+        self.slope = float(np.sqrt(sum((g**2).mean() for g in np.gradient(nodes)))) / self.step
+        self.nodes = nodes.astype(np.float32)
+
+    def __call__(self, points: np.ndarray) -> np.ndarray:
+        """Evaluates the field at `points` [3, n] in mm; returns [n] float32."""
+        return ndimage.map_coordinates(self.nodes, points / np.float32(self.step), order=1, mode="grid-wrap")
+
+    def sheet(self, points: np.ndarray) -> np.ndarray:
+        """Approximate distance in mm to the surface on which the field is zero, [n]."""
+        return np.abs(self(points)) / self.slope
+
+
+def ellipsoid(points: np.ndarray, centre: Sequence[float], radii: Sequence[float]) -> np.ndarray:
+    """First-order signed distance in mm to an ellipsoid, negative inside; `points` [3, n]."""
+    radii = np.asarray(radii, np.float32)[:, None]
+    scaled = (points - np.asarray(centre, np.float32)[:, None]) / radii
+    radius = np.linalg.norm(scaled, axis=0)
+    return radius * (radius - 1) / np.maximum(np.linalg.norm(scaled / radii, axis=0), 1e-4)
+
+
+def capsule(points: np.ndarray, start: Sequence[float], end: Sequence[float], radii: tuple[float, float]) -> np.ndarray:
+    """Signed distance in mm to a tube from `start` to `end` whose radius runs from `radii[0]` to `radii[1]`."""
+    origin = np.asarray(start, np.float32)[:, None]
+    axis = np.asarray(end, np.float32)[:, None] - origin
+    along = np.clip((axis * (points - origin)).sum(0) / (axis**2).sum(), 0, 1)
+    distance = np.linalg.norm(points - origin - axis * along, axis=0)
+    return distance - (radii[0] + (radii[1] - radii[0]) * along)
+
+
+def smooth_min(first: np.ndarray, second: np.ndarray, width: float) -> np.ndarray:
+    """Minimum of two distances whose crease is rounded over `width` mm."""
+    blend = np.clip(0.5 + 0.5 * (second - first) / width, 0, 1)
+    return second + (first - second) * blend - width * blend * (1 - blend)
+
+
+def inside(distance: np.ndarray, voxel: float) -> np.ndarray:
+    """Share in [0, 1] of a voxel (edge `voxel` mm) that lies where a signed distance (mm) is negative."""
+    return np.clip(0.5 - distance / voxel, 0, 1)
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """Shares of a voxel in [0, 1], each [n]: necrotic or non-enhancing core, oedema, enhancing tumour."""
+
+    core: np.ndarray
+    oedema: np.ndarray
+    enhancing: np.ndarray
+
+
+class Glioma:
+    """One individual's tumour in one individual's brain.
+
+    Args:
+        rng: generator that draws the tumour.
+        brain: where it grows; its centre is kept in the cerebrum, off the midline and out of the ventricles.
+        enhancing: with an enhancing rim and necrosis; otherwise the whole core is non-enhancing.
+    """
+
+    def __init__(self, rng: np.random.Generator, brain: Brain, enhancing: bool = True) -> None:
+        """Draws the tumour and places it."""
+        self.enhancing = enhancing
+        self.radius, self.reach, self.rim = rng.uniform((13, 9, 2.5), (26, 22, 5.5))
+        self.push = rng.uniform(0.25, 0.5)
+        rotation = Rotation.from_quat(rng.standard_normal(4)).as_matrix()
+        self.shape = (np.diag(rng.uniform(0.8, 1.25, 3)) @ rotation).astype(np.float32)
+        self.lobes, self.rim_field, self.nodules = (SmoothField(rng, length) for length in (24, 15, 13))
+        self.fine, self.fingers = SmoothField(rng, 8), SmoothField(rng, 26)
+        self.centre = _place(rng, brain)
+
+    def before_growth(self, points: np.ndarray) -> np.ndarray:
+        """Where the tissue now at `points` [3, n] mm was before the tumour pushed it outwards, [3, n]."""
+        offset = points - self.centre
+        closeness = np.exp(-(offset**2).sum(0) / (2 * (1.5 * self.radius) ** 2))
+        return points - (self.push * closeness).astype(np.float32) * offset
+
+    def compartments(self, points: np.ndarray, tissues: Tissues, hull: np.ndarray, voxel: float) -> Lesion:
+        """Tumour shares of voxels at `points` [3, n], given the healthy tissue and the distance to the hull there."""
+        distance = np.linalg.norm(self.shape @ (points - self.centre), axis=0) - self.radius
+        border = distance + 0.2 * self.radius * self.lobes(points) + 0.9 * self.fine(points)
+        tumour_core = inside(border, voxel) * inside(hull + 1, voxel) * (1 - tissues.ventricle)
+        oedema = inside(self._oedema(points, distance, tissues), voxel) * (1 - tissues.csf) * (1 - tumour_core)
+        if not self.enhancing:
+            return Lesion(tumour_core, oedema, np.zeros_like(tumour_core))
+        thickness = self.rim * np.clip(1 + 0.55 * self.rim_field(points), 0.15, 2)
+        thickness += np.where(border > -3 * self.rim, 4 * np.clip(self.nodules(points) - 0.9, 0, 2) * self.rim, 0)
+        rim = tumour_core * inside(-border - np.minimum(thickness, 0.55 * self.radius), voxel)
+        return Lesion(tumour_core - rim, oedema, rim)
+
+    def _oedema(self, points: np.ndarray, distance: np.ndarray, tissues: Tissues) -> np.ndarray:
+        reach = self.reach * (1 + 0.45 * self.fingers(points)) + 1.2 * self.fine(points)
+        spared = 0.9 * self.reach * np.clip(0.7 - tissues.cortex_depth / 3, 0, 1)
+        crossed = np.maximum(-np.sign(self.centre[0]) * points[0], 0)
+        return distance - reach + spared + 0.8 * crossed
+
+
+def _place(rng: np.random.Generator, brain: Brain) -> np.ndarray:
+    candidates = rng.uniform((-52, -65, -22), (52, 62, 44), (512, 3)).T.astype(np.float32)
+    depth = -brain.hull(candidates)
+    suitable = (depth > 15) & (depth < 38) & (np.abs(candidates[0]) > 15) & (brain.ventricle_distance(candidates) > 4)
+    return candidates[:, [int(np.argmax(suitable))]]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from .builder import EnsembleBuilder
-from .choice import Choice, best_settings, choose, cross_fit
-from .grid import Grid, score_region
-from .out_of_fold import OutOfFoldDice
-from .parts import check_own_backbone, gather_parts
+from .builder import EnsembleBuilder, OutOfFoldDice, check_own_backbone, gather_parts
+from .choice import Choice, Grid, best_settings, choose, cross_fit, score_region
 
 __all__ = [
     "Choice",

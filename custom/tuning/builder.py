@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ignite.engine import Engine, Events
 from monai.data import Dataset
 from monai.transforms import Transform
+from monai.utils import convert_to_tensor
+from torch import Tensor, nn
 
-from ..checkpoints import Provenance, save_atomically
+from .. import __version__
 from ..cohort import REGIONS
-from ..comnet import CoMNeT
-from ..files import write_text
-from .choice import Choice, choose
-from .grid import DEFAULT_THRESHOLD, DEFAULT_VOLUME_MM3, Grid
-from .out_of_fold import OutOfFoldDice
-from .parts import check_own_backbone, gather_parts
+from ..comnet import CoMNeT, gather
+from ..files import file_sha256, write_text
+from ..inference.inferers import describe
+from ..weights import CheckpointError, Provenance, fold_checkpoint, load_part, read_checkpoint, save_atomically
+from .choice import DEFAULT_THRESHOLD, DEFAULT_VOLUME_MM3, Choice, Grid, choose
 
 logger = logging.getLogger("comnet")
 
@@ -166,3 +172,202 @@ def _settings(choices: Mapping[str, Choice]) -> dict[str, list[Any]]:
         "min_volume_mm3": [choices[region].min_volume_mm3 for region in REGIONS],
         "refine_regions": [choices[region].refine for region in REGIONS],
     }
+
+
+SETTINGS = ("backbone", "corrector", "spacing", "patch_size")
+
+
+def gather_parts(
+    network: CoMNeT,
+    facts: Mapping[str, Any],
+    backbones_dir: str | Path,
+    correctors_dir: str | Path | None = None,
+    corrector_fold: int = 0,
+) -> dict[str, Any]:
+    """Load the backbone of every fold and the corrector of one.
+
+    Args:
+        network: the ensemble to fill.
+        facts: what its provenance says already; parts that say otherwise of ``SETTINGS`` are refused.
+        backbones_dir: folder with ``fold<k>/model.pt`` of ``comnet_mednext``.
+        correctors_dir: folder with ``fold<k>/model.pt`` of ``comnet_corrdiff``; ``None`` loads no corrector.
+        corrector_fold: whose corrector it is.
+
+    Returns:
+        ``facts`` with ``num_folds``, ``trained_on`` (subjects that any part has seen), the parts' own ``notes`` where
+        there are none, ``corrector_fold``, and the SHA-256 of each part as ``backbones_sha256``, ``corrector_sha256``.
+
+    Raises:
+        CheckpointError: a part is missing, unreadable, or was trained with other settings or another backbone.
+    """
+    backbones = [fold_checkpoint(backbones_dir, fold) for fold in range(len(network.backbones))]
+    corrector = None if correctors_dir is None else fold_checkpoint(correctors_dir, corrector_fold)
+    parts = gather(network, backbones, corrector)
+    for path, part in zip([*backbones, corrector], parts, strict=False):
+        _check_settings(path, part, facts)
+    return {
+        **facts,
+        "num_folds": len(backbones),
+        "trained_on": sorted({str(name) for part in parts for name in part.get("trained_on", ())}),
+        "notes": facts.get("notes") or "; ".join(sorted({part["notes"] for part in parts if part.get("notes")})),
+        "backbones_sha256": [file_sha256(path) for path in backbones],
+        "corrector_sha256": None if corrector is None else file_sha256(corrector),
+        "corrector_fold": None if corrector is None else corrector_fold,
+    }
+
+
+def check_own_backbone(correctors_dir: str | Path, backbones_dir: str | Path, fold: int) -> None:
+    """Make sure that a fold's corrector was trained on the coarse logits of a backbone that is still the same.
+
+    Raises:
+        CheckpointError: it was not, or one of the two is missing.
+    """
+    corrector, backbone = fold_checkpoint(correctors_dir, fold), fold_checkpoint(backbones_dir, fold)
+    within, expected = read_checkpoint(corrector)[0], read_checkpoint(backbone)[0]
+    found = {
+        name.removeprefix("backbones.0."): value for name, value in within.items() if name.startswith("backbones.")
+    }
+    if found.keys() != expected.keys() or not all(torch.equal(found[name], expected[name]) for name in expected):
+        raise CheckpointError(
+            f"{corrector} was trained with another backbone than {backbone}: train the corrector again, or name the "
+            "folder of its own backbones"
+        )
+
+
+def _check_settings(path: Path, part: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    for name in SETTINGS:
+        if name in part and name in facts and part[name] != facts[name]:
+            raise CheckpointError(f"{path} was trained with {name} {part[name]}, not {facts[name]}: set {name} to that")
+
+
+Item = Mapping[str, Any]
+
+
+class OutOfFoldDice:
+    """Table of Dice over subjects, regions, maps (coarse and refined), thresholds and smallest components.
+
+    One subject at a time is in memory. What was measured stays in ``cache_dir`` as ``<subject>-<key>.json``, so that
+    a stopped run goes on from there; the key is a digest of all that the figures depend on.
+
+    Args:
+        dataset: subjects as :meth:`custom.corrdiff.CoarsePredictions.add` returns them; each is read as ``image`` and
+            ``coarse`` logits on the preprocessed grid, and ``label``, ``[3, *spatial]`` regions on its native grid.
+        postprocessing: makes of ``pred``, logits on the preprocessed grid, probabilities on the native one, as
+            inference does.
+        grid: settings to try.
+        cache_dir: folder of what was measured.
+        corrector: into which the correctors are loaded, one after the other.
+        correctors_dir: folder with ``fold<k>/model.pt`` of ``comnet_corrdiff``; ``None`` leaves the coarse logits.
+        amp: whether the corrector runs in mixed precision.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        postprocessing: Transform,
+        grid: Grid,
+        cache_dir: str | Path,
+        corrector: nn.Module | None = None,
+        correctors_dir: str | Path | None = None,
+        amp: bool = False,
+    ) -> None:
+        self.dataset = dataset
+        self.postprocessing = postprocessing
+        self.grid = grid
+        self.cache_dir = Path(cache_dir)
+        self.corrector = corrector
+        self.correctors_dir = correctors_dir
+        self.amp = amp
+        self._loaded: int | None = None
+        self._seen: frozenset[str] = frozenset()
+
+    @property
+    def folds(self) -> list[int]:
+        """Fold of each subject."""
+        return [int(item["fold"]) for item in self.dataset.data]
+
+    def measure(self) -> np.ndarray:
+        """Return ``[subjects, 3, 2, T, V]``, in the order of the dataset.
+
+        Raises:
+            ValueError: there is no subject, or one cannot be read; names it.
+            CheckpointError: a corrector is missing or does not fit, or was trained on a subject of its own fold.
+        """
+        from tqdm import tqdm
+
+        if not self.folds:
+            raise ValueError("there is no subject to tune on: give the datalist that the folds were trained with")
+        order = np.argsort(self.folds, kind="stable")
+        scores = {
+            number: self._cached(int(number))
+            for number in tqdm(order, desc="tuning", unit="subject", dynamic_ncols=True)
+        }
+        return np.stack([scores[number] for number in sorted(scores)])
+
+    def path(self, item: Item) -> Path:
+        """Where the figures of a subject are or will be."""
+        label = os.stat(item["label"])
+        facts = [os.path.basename(item["coarse"]), label.st_size, label.st_mtime_ns, item.get("palette")]
+        if self.correctors_dir is not None:
+            sampling = [getattr(self.corrector, name, None) for name in ("num_samples", "seed")]
+            facts += [self._digests[int(item["fold"])], sampling, self.amp]
+        content = json.dumps([__version__, asdict(self.grid), facts])
+        return self.cache_dir / f"{item['subject']}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+
+    @cached_property
+    def _digests(self) -> dict[int, str]:
+        return {fold: file_sha256(self._checkpoint(fold)) for fold in sorted(set(self.folds))}
+
+    def _checkpoint(self, fold: int) -> Path:
+        path = fold_checkpoint(str(self.correctors_dir), fold)
+        if not path.is_file():
+            raise CheckpointError(
+                f"no corrector at {path}: train fold {fold} of comnet_corrdiff, or set correctors_dir to the folder "
+                "that holds fold<k>/model.pt"
+            )
+        return path
+
+    def _cached(self, number: int) -> np.ndarray:
+        item = self.dataset.data[number]
+        path = self.path(item)
+        if not path.is_file():
+            facts = {"subject": item["subject"], "fold": int(item["fold"]), **asdict(self.grid)}
+            write_text(path, json.dumps(facts | {"dice": self._measure(number).tolist()}))
+        return np.asarray(json.loads(path.read_text(encoding="utf-8"))["dice"])
+
+    def _measure(self, number: int) -> np.ndarray:
+        item = self.dataset.data[number]
+        try:
+            subject = self.dataset[number]
+        except Exception as error:
+            raise ValueError(f"subject {item['subject']} cannot be read for tuning: {describe(error)}") from error
+        coarse = convert_to_tensor(subject["coarse"], track_meta=False)
+        refined = coarse if self.correctors_dir is None else self._refine(item, subject["image"], coarse)
+        scores = [self._score(subject, coarse)]
+        scores.append(scores[0] if torch.equal(refined, coarse) else self._score(subject, refined))
+        return np.stack(scores, axis=1)
+
+    def _refine(self, item: Item, image: Tensor, coarse: Tensor) -> Tensor:
+        self._load_corrector(int(item["fold"]))
+        if item["subject"] in self._seen:
+            raise CheckpointError(
+                f"the corrector of fold {item['fold']} was trained on subject {item['subject']}, which this datalist "
+                "puts into that very fold: use the datalist that the correctors were trained with"
+            )
+        device = next(self.corrector.parameters()).device
+        pair = (convert_to_tensor(part, track_meta=False, device=device)[None] for part in (image, coarse))
+        with torch.no_grad(), torch.autocast(device.type, enabled=self.amp):
+            return self.corrector.eval()(*pair)[0].float().cpu()
+
+    def _load_corrector(self, fold: int) -> None:
+        if self._loaded != fold:
+            facts = load_part(self.corrector, self._checkpoint(fold), "corrector.")
+            self._loaded, self._seen = fold, frozenset(facts.get("trained_on", ()))
+
+    def _score(self, subject: Item, logits: Tensor) -> np.ndarray:
+        if not torch.isfinite(logits).all():
+            raise ValueError(f"subject {subject['subject']}: a network returned NaN or infinite logits: train it again")
+        probabilities = self.postprocessing({**subject, "pred": logits.clone()})["pred"]
+        voxel_mm3 = abs(float(np.linalg.det(np.asarray(probabilities.affine)[:3, :3])))
+        truth = np.asarray(convert_to_tensor(subject["label"], track_meta=False).cpu()) > 0
+        return self.grid.score(convert_to_tensor(probabilities, track_meta=False).cpu().numpy(), truth, voxel_mm3)

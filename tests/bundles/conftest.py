@@ -10,10 +10,9 @@ import pytest
 import torch
 from bundle_runs import GEOMETRY, TINY
 
-from custom.checkpoints import save_atomically
 from custom.mednext import mednext_tiny
 from custom.phantom import write_cohort
-from custom.weights import NUM_FOLDS, fold_checkpoint
+from custom.weights import NUM_FOLDS, fold_checkpoint, save_atomically
 
 
 @pytest.fixture(autouse=True)

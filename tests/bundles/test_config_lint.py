@@ -132,7 +132,7 @@ def literals(text: str) -> list[str]:
 @pytest.mark.parametrize("path", COMPLETE, ids=name_of)
 def test_every_complete_config_checks_the_packages_version(path):
     assert read(path)["path_setup"] == {
-        "_target_": "custom.guard.check_version",
+        "_target_": "custom.release.check_version",
         "_requires_": "$sys.path.insert(0, os.path.abspath(@bundle_root))",
         "version": custom.__version__,
         "bundle_root": "@bundle_root",

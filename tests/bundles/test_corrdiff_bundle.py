@@ -18,10 +18,9 @@ import torch
 from bundle_runs import BUNDLES, TINY, fails_with, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from custom.checkpoints import CheckpointError, read_checkpoint, save_atomically
 from custom.cohort import Cohort
 from custom.mednext import mednext_tiny
-from custom.weights import fold_checkpoint
+from custom.weights import CheckpointError, fold_checkpoint, read_checkpoint, save_atomically
 
 ROOT = BUNDLES / "comnet_corrdiff"
 FOLDS = 3

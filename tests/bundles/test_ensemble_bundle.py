@@ -14,10 +14,10 @@ from bundle_runs import GEOMETRY, TINY, fails_with, run
 from monai.data import MetaTensor
 from scipy import ndimage
 
-from custom.checkpoints import CheckpointError
-from custom.ledger import EXIT_NONE_SEGMENTED, EXIT_SOME_FAILED
+from custom.batch import EXIT_NONE_SEGMENTED, EXIT_SOME_FAILED
+from custom.inference import PostprocessRegions
 from custom.phantom import write_phantom
-from custom.postprocess import PostprocessRegions
+from custom.weights import CheckpointError
 
 
 def segment(dataset: Path, weights: Path, output: Path, *overlays: str, **overrides) -> None:

@@ -12,12 +12,19 @@ import torch
 from bundle_runs import BUNDLES, TINY, fails_with, run
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from custom.checkpoints import CheckpointError, read_checkpoint, save_atomically
 from custom.cohort import Cohort
 from custom.comnet import CoMNeT
 from custom.corrdiff import corrdiff_tiny
 from custom.mednext import mednext_tiny
-from custom.weights import NUM_FOLDS, describe_weights, fold_checkpoint, tuned_settings
+from custom.weights import (
+    NUM_FOLDS,
+    CheckpointError,
+    describe_weights,
+    fold_checkpoint,
+    read_checkpoint,
+    save_atomically,
+    tuned_settings,
+)
 
 CONFIG = BUNDLES / "comnet_ensemble" / "configs" / "train.json"
 SMALL = {"backbone": TINY["backbone"], "corrector": "custom.corrdiff.corrdiff_tiny", "spacing": TINY["spacing"]}

@@ -16,7 +16,7 @@ import pytest
 import torch
 from bundle_runs import BUNDLES, TINY, fails_with, run
 
-from custom.checkpoints import CheckpointError, read_checkpoint
+from custom.weights import CheckpointError, read_checkpoint
 
 ROOT = BUNDLES / "comnet_mednext"
 

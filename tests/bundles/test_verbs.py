@@ -23,12 +23,12 @@ from bundle_runs import TINY
 from torch import nn
 
 import custom
-from custom.checkpoints import save_atomically
+from custom.cohort.four_channel import stack
 from custom.comnet import CoMNeT
 from custom.corrdiff import corrdiff_tiny
 from custom.mednext import mednext_tiny
-from custom.packing import BUNDLES, WEIGHTS, pack
-from custom.stack import stack
+from custom.release import BUNDLES, WEIGHTS, pack
+from custom.weights import save_atomically
 
 FACTS = {"backbone": TINY["backbone"], "spacing": TINY["spacing"], "num_folds": 2, "notes": "untrained"}
 NETWORKS = {

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from custom.corrdiff import CorrDiff, Denoiser, LatentDiffusion
-from custom.vqvae import ResidualVQVAE
+from custom.corrdiff.vqvae import ResidualVQVAE
 
 SHAPE = (16, 16, 16)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from custom.checkpoints import CheckpointError, Provenance, load_network, read_checkpoint, save_atomically
+from custom.weights import CheckpointError, Provenance, load_network, read_checkpoint, save_atomically
 
 
 def saved(tmp_path, network, **facts):

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from custom import cli
-from custom.checkpoints import save_atomically
-from custom.cli.demo import PHANTOM_NOTE, _publish
+from custom.cli import PHANTOM_NOTE, _publish
 from custom.mednext import mednext_tiny
 from custom.phantom import write_cohort
-from custom.weights import NUM_FOLDS, fold_checkpoint
+from custom.weights import NUM_FOLDS, fold_checkpoint, save_atomically
 
 SPACING = [5.0, 5.0, 5.0]
 

@@ -6,9 +6,8 @@ import torch
 from monai.data import MetaTensor
 from torch import nn
 
-from custom.checkpoints import CheckpointError, save_atomically
-from custom.coarse import CoarsePredictions, LoadCoarsed
-from custom.weights import fold_checkpoint
+from custom.corrdiff import CoarsePredictions, LoadCoarsed
+from custom.weights import CheckpointError, fold_checkpoint, save_atomically
 
 
 @pytest.fixture

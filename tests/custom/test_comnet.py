@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from custom.checkpoints import CheckpointError, save_atomically
 from custom.comnet import CoMNeT, gather, load_ensemble
 from custom.corrdiff import CorrDiff, Refinement
-from custom.weights import fold_checkpoint, weight_files
+from custom.weights import CheckpointError, fold_checkpoint, save_atomically, weight_files
 
 
 def backbone():

@@ -11,11 +11,10 @@ from corrdiff_networks import subject, tiny
 from scipy import ndimage
 from torch import nn
 
-from custom.corrdiff import CorrDiff, Denoiser, LatentDiffusion
-from custom.corrdiff_loss import CorrDiffLoss
+from custom.corrdiff import CorrDiff, CorrDiffLoss, Denoiser, LatentDiffusion
+from custom.corrdiff.vqvae import ResidualVQVAE
 from custom.phantom import simulate
 from custom.transforms import label_map_to_regions
-from custom.vqvae import ResidualVQVAE
 
 
 def test_stages_learn_what_they_should():

@@ -7,8 +7,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from custom.corrdiff import TrainingOutputs
-from custom.corrdiff_loss import CorrDiffLoss, residual_error, segmentation_error
+from custom.corrdiff import CorrDiffLoss, TrainingOutputs, residual_error, segmentation_error
 
 SHAPE = (2, 3, 6, 5, 4)
 

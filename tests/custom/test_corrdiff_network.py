@@ -15,6 +15,7 @@ from torch import nn
 from custom.corrdiff import (
     ConditionEncoder,
     CorrDiff,
+    CorrDiffLoss,
     Denoiser,
     LatentDiffusion,
     LatentScale,
@@ -25,7 +26,6 @@ from custom.corrdiff import (
     corrdiff_tiny,
 )
 from custom.corrdiff.denoiser import Upsampling
-from custom.corrdiff_loss import CorrDiffLoss
 
 
 def test_entropy_is_in_bits_and_safe_at_the_extremes():
@@ -174,7 +174,7 @@ def test_half_precision_context_leaves_the_background_alone():
 
 def test_a_bundle_can_build_it_from_json():
     config = {
-        "tokeniser": {"_target_": "custom.vqvae.ResidualVQVAE", "channels": [8, 16], "num_codes": 64},
+        "tokeniser": {"_target_": "custom.corrdiff.vqvae.ResidualVQVAE", "channels": [8, 16], "num_codes": 64},
         "denoiser": {"_target_": "custom.corrdiff.Denoiser", "guide_channels": 16, "channels": [8, 16]},
         "diffusion": {"_target_": "custom.corrdiff.LatentDiffusion", "denoiser": "@denoiser", "schedule": "cosine"},
         "corrector": {
@@ -184,7 +184,7 @@ def test_a_bundle_can_build_it_from_json():
             "guide_channels": 16,
         },
         "preset": {"_target_": "custom.corrdiff.corrdiff_tiny", "num_samples": 3, "seed": 7},
-        "loss": {"_target_": "custom.corrdiff_loss.CorrDiffLoss", "lambda_vq": 0.25},
+        "loss": {"_target_": "custom.corrdiff.CorrDiffLoss", "lambda_vq": 0.25},
     }
     parser = ConfigParser(config)
     image, coarse, target = subject()

@@ -5,8 +5,7 @@ import torch
 from ignite.engine import Engine
 from torch import nn
 
-from custom.corrdiff import corrdiff_tiny
-from custom.corrdiff_training import FrozenGuard, StageSchedule, TrainingStep, state_digest
+from custom.corrdiff import FrozenGuard, StageSchedule, TrainingStep, corrdiff_tiny, state_digest
 
 
 def engine_of(step=lambda engine, batch: None):

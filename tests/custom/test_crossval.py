@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from custom.bundle_run import bundle_root
 from custom.crossval.execute import write_commands
 from custom.crossval.job import Job, Stage
 from custom.crossval.overlays import Overlays
 from custom.crossval.plan import choose_models, make_plan
 from custom.crossval.subjects import Subjects
-from custom.running import bundle_root
 
 STAGES = [
     "train_backbones",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import custom
-from custom.guard import VersionError, check_version, package_digest, package_files
+from custom.release import VersionError, check_version, package_digest, package_files
 
 PACKAGE = Path(custom.__file__).parent
 
@@ -57,7 +57,7 @@ for root in sys.argv[1:]:
     parser = ConfigParser({
         "imports": ["$import os", "$import sys"],
         "path_setup": {
-            "_target_": "custom.guard.check_version",
+            "_target_": "custom.release.check_version",
             "_requires_": f"$sys.path.insert(0, {root!r})",
             "version": root.rsplit("-", 1)[1],
             "bundle_root": root,

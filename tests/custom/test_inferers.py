@@ -8,7 +8,7 @@ from monai.data import DataLoader, MetaTensor
 from monai.transforms import Lambdad
 from torch import nn
 
-from custom.inferers import FewWindowsInferer, SubjectDataset, SubjectEvaluator, WholeVolumeInferer, describe
+from custom.inference import FewWindowsInferer, SubjectDataset, SubjectEvaluator, WholeVolumeInferer, describe
 
 
 class NeedsSixteen(nn.Module):

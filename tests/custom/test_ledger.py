@@ -10,9 +10,9 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from custom.checkpoints import save_atomically
+from custom.batch import EXIT_NONE_SEGMENTED, EXIT_SOME_FAILED, Ledger
 from custom.cohort import Exclusion
-from custom.ledger import EXIT_NONE_SEGMENTED, EXIT_SOME_FAILED, Ledger
+from custom.weights import save_atomically
 
 SETTINGS = {"output_palette": "brats2023", "thresholds": [0.5, 0.5, 0.5]}
 

@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 from monai.losses import DiceLoss
 from numpy.testing import assert_allclose
 
-from custom.losses import DeepSupervisionLoss, DscPlusPlusBCELoss, dsc_plus_plus
+from custom.training import DeepSupervisionLoss, DscPlusPlusBCELoss, dsc_plus_plus
 
 SHAPE = (2, 3, 8, 10, 6)
 
@@ -156,7 +156,10 @@ def test_weights_halve_and_sum_to_one(levels: int) -> None:
 
 
 def test_five_levels_from_json_are_the_weighted_sum() -> None:
-    config = {"_target_": "custom.losses.DeepSupervisionLoss", "loss": {"_target_": "custom.losses.DscPlusPlusBCELoss"}}
+    config = {
+        "_target_": "custom.training.DeepSupervisionLoss",
+        "loss": {"_target_": "custom.training.DscPlusPlusBCELoss"},
+    }
     loss = ConfigParser({"loss": config}).get_parsed_content("loss")
     outputs = [sample(level, (1, 3, 32 >> level, 32 >> level, 16 >> level))[0] for level in range(5)]
     target = sample(9, (1, 3, 32, 32, 16))[1]

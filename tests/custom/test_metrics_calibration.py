@@ -13,11 +13,11 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
-from custom.checkpoints import save_atomically
+from custom.batch import Ledger
 from custom.cohort import REGIONS
-from custom.ledger import Ledger
 from custom.metrics import CalibrationErrord, calibration_columns, calibration_scores
 from custom.transforms import KeepBraind, MaskToBraind
+from custom.weights import save_atomically
 
 GRID = (6, 7, 8)
 EVERYWHERE = np.ones((1, *GRID))

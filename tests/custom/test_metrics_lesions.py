@@ -188,7 +188,7 @@ def test_without_panoptica_one_warning_and_no_numbers(
 
 @pytest.mark.slow
 def test_panoptica_is_loaded_only_where_lesions_are_scored() -> None:
-    code = "import sys, custom.ledger, custom.metrics; sys.exit('panoptica' in sys.modules)"
+    code = "import sys, custom.batch, custom.metrics; sys.exit('panoptica' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

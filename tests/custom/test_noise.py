@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from custom.corrdiff.noise import gaussian_noise, scramble
+from custom.corrdiff.diffusion import gaussian_noise, scramble
 
 GRID = torch.zeros(1, 2, 40, 44, 36)
 

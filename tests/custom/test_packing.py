@@ -13,8 +13,8 @@ from monai.bundle import scripts
 from torch import nn
 
 import custom
-from custom.checkpoints import CheckpointError, load_network, read_checkpoint, save_atomically
-from custom.packing import BUNDLES, WEIGHTS, PackingError, bundle_files, pack, plain_state_dict
+from custom.release import BUNDLES, WEIGHTS, PackingError, bundle_files, pack, plain_state_dict
+from custom.weights import CheckpointError, load_network, read_checkpoint, save_atomically
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = REPOSITORY / "bundles"
@@ -151,7 +151,7 @@ def test_versions_that_disagree_are_named_and_nothing_is_written(tmp_path):
 def test_a_config_with_another_version_in_its_guard_is_refused(tmp_path):
     bundles = copied(tmp_path)
     config = bundles / "comnet_mednext" / "configs" / "train.json"
-    edited(config, path_setup={"_target_": "custom.guard.check_version", "version": "0.0.9"})
+    edited(config, path_setup={"_target_": "custom.release.check_version", "version": "0.0.9"})
     with pytest.raises(PackingError, match=r"train.json says version 0\.0\.9"):
         pack(str(tmp_path / "dist"), bundles_dir=str(bundles))
 

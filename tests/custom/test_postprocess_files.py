@@ -18,7 +18,7 @@ from numpy.testing import assert_array_equal
 from scipy.spatial.transform import Rotation
 
 from custom import __version__
-from custom.postprocess import NativeGridWriter, PostprocessRegionsd
+from custom.inference import NativeGridWriter, PostprocessRegionsd
 
 SHAPE = (14, 12, 10)
 GEOMETRY = ["qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"]
@@ -92,7 +92,7 @@ def write_inputs(folder: Path, image: nib.Nifti1Image, ending: str) -> list[str]
 
 def saver(folder: Path, **kwargs: object) -> SaveImaged:
     options = {"output_postfix": "seg", "separate_folder": False, "print_log": False} | kwargs
-    return SaveImaged("pred", output_dir=folder, writer="custom.postprocess.NativeGridWriter", **options)
+    return SaveImaged("pred", output_dir=folder, writer="custom.inference.NativeGridWriter", **options)
 
 
 def assert_same_geometry(written: Path, source: str) -> None:

@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from numpy.testing import assert_array_equal
 
 from custom.cohort import PALETTES
-from custom.postprocess import (
+from custom.inference import (
     PostprocessRegions,
     clean_regions,
     fill_holes,
@@ -206,7 +206,7 @@ def probabilities(regions: np.ndarray, spacing: float = 1.0) -> MetaTensor:
 
 
 def test_transform_from_json_gives_one_uint8_channel_and_keeps_metadata() -> None:
-    config = {"_target_": "custom.postprocess.PostprocessRegionsd", "keys": "pred", "thresholds": [0.5, 0.5, 0.5]}
+    config = {"_target_": "custom.inference.PostprocessRegionsd", "keys": "pred", "thresholds": [0.5, 0.5, 0.5]}
     transform = ConfigParser({"post": config}).get_parsed_content("post")
     image = probabilities(np.stack([ball(4), ball(6), ball(9)]))
     image.meta["filename_or_obj"] = "somewhere.nii.gz"

@@ -9,7 +9,7 @@ from ignite.engine import Engine
 from monai.data import Dataset
 from torch import nn
 
-from custom.resuming import Publisher, Resumer, subjects_digest
+from custom.training import Publisher, Resumer, subjects_digest
 
 
 @pytest.fixture

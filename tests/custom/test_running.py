@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from custom.running import bundle_command, bundle_root, known_reason, run_bundle
+from custom.bundle_run import bundle_command, bundle_root, known_reason, run_bundle
 
 
 def test_a_command_says_the_same_to_a_shell(monkeypatch, tmp_path):

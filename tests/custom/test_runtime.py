@@ -14,9 +14,8 @@ from torch import nn
 
 from custom.comnet import CoMNeT, Segmentation
 from custom.mednext import MedNeXt, mednext_base, mednext_tiny
-from custom.runtime import Runtime
-from custom.runtime.graph import MedNeXtGraph
-from custom.runtime.openvino import OpenVINOMedNeXt, Program, core, has_bf16, prune
+from custom.mednext.openvino import MedNeXtGraph, OpenVINOMedNeXt, Program, core, has_bf16, prune
+from custom.mednext.runtime import Runtime
 
 SIZE = (32, 48, 32)
 
@@ -145,7 +144,7 @@ def test_what_is_cached_is_not_compiled_again(tmp_path, monkeypatch):
     Program(cache_dir=tmp_path).run(net, x)
     real = core()
     without_compiling = SimpleNamespace(import_model=real.import_model, get_property=real.get_property)
-    monkeypatch.setattr("custom.runtime.openvino.core", lambda: without_compiling)
+    monkeypatch.setattr("custom.mednext.openvino.core", lambda: without_compiling)
     assert_close(Program(cache_dir=tmp_path).run(net, x), net(x), 1e-4)
 
 
@@ -243,7 +242,7 @@ def test_where_openvino_fails_pytorch_goes_on_unless_it_was_asked_for(monkeypatc
     def fail(*_):
         raise RuntimeError("some check\nno such instruction")
 
-    monkeypatch.setattr("custom.runtime.openvino.Program.compile", fail)
+    monkeypatch.setattr("custom.mednext.openvino.Program.compile", fail)
     net, x = network(), images(size=SIZE)
     fast = OpenVINOMedNeXt(net, Program(), fall_back=True).eval()
     assert torch.equal(fast(x), net(x)) and torch.equal(fast(x), net(x))
@@ -284,7 +283,7 @@ def test_nothing_is_reported_over_the_network():
         "import socket\n"
         "def refuse(*_): raise SystemExit('a connection was opened')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
-        "import custom.runtime.openvino, openvino.tools.ovc.telemetry_utils as used\n"
+        "import custom.mednext.openvino, openvino.tools.ovc.telemetry_utils as used\n"
         "print(used.tm.__name__)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

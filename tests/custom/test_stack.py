@@ -9,8 +9,8 @@ import pytest
 from monai.transforms import LoadImage
 
 from custom.cohort import SubjectError
+from custom.cohort.four_channel import stack, stack_files
 from custom.phantom import write_phantom
-from custom.stack import stack, stack_files
 
 FILES = {"t1n": "brain_t1", "t1c": "brain_t1ce", "t2w": "brain_t2", "flair": "brain_flair"}
 

@@ -11,9 +11,8 @@ from monai.handlers import LrScheduleHandler
 from monai.transforms import RandGaussianNoised
 from torch import nn
 
-from custom.checkpoints import CheckpointError
-from custom.resuming import Resumer
-from custom.training import CheckpointSaver, EarlyStopHandler, EpochSeeder, GradientClipper, ProgressBar
+from custom.training import CheckpointSaver, EarlyStopHandler, EpochSeeder, GradientClipper, ProgressBar, Resumer
+from custom.weights import CheckpointError
 
 
 class Validator:

@@ -6,7 +6,7 @@ import torch
 from monai.data import MetaTensor
 from tuning_grid import GRID, NO_FILL, THRESHOLDS, VOLUMES
 
-from custom.postprocess import PostprocessRegions
+from custom.inference import PostprocessRegions
 from custom.tuning import Grid, best_settings, choose, cross_fit, score_region
 
 

@@ -9,10 +9,17 @@ from monai.data import Dataset, MetaTensor
 from torch import nn
 from tuning_grid import GRID, NO_FILL, THRESHOLDS, VOLUMES
 
-from custom.checkpoints import CheckpointError, Provenance, read_checkpoint, save_atomically
 from custom.comnet import CoMNeT
 from custom.tuning import EnsembleBuilder, OutOfFoldDice
-from custom.weights import describe_weights, fold_checkpoint, tuned_settings
+from custom.weights import (
+    CheckpointError,
+    Provenance,
+    describe_weights,
+    fold_checkpoint,
+    read_checkpoint,
+    save_atomically,
+    tuned_settings,
+)
 
 FOLDS = 3
 NAMES = ("a", "b", "c", "d", "e", "f")

@@ -10,7 +10,7 @@ import torch
 from monai.networks.layers.vector_quantizer import EMAQuantizer, VectorQuantizer
 from numpy.testing import assert_allclose
 
-from custom.vqvae import Codebook, ResidualVQVAE, crop_like, pad_to_multiple
+from custom.corrdiff.vqvae import Codebook, ResidualVQVAE, crop_like, pad_to_multiple
 
 
 def mixture(seed: int = 0, clusters: int = 16, background: float = 0.9, spread: float = 0.05) -> torch.Tensor:

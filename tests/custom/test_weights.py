@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from custom.checkpoints import CheckpointError, save_atomically
-from custom.weights import describe_weights, fold_checkpoint, tuned_settings
+from custom.weights import CheckpointError, describe_weights, fold_checkpoint, save_atomically, tuned_settings
 
 
 def write_fold(folder, fold, **facts):

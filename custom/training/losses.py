@@ -71,7 +71,7 @@ class DeepSupervisionLoss(monai.losses.DeepSupervisionLoss):
 
     Targets are brought to each output's grid by nearest neighbour, as MONAI does, so they stay binary and nested.
     Unlike MONAI's, the weights are normalised and not held above 1/16, and outputs in the wrong order are refused.
-    `{"_target_": "custom.losses.DeepSupervisionLoss", "loss": {"_target_": "custom.losses.DscPlusPlusBCELoss"}}`
+    `{"_target_": "custom.training.DeepSupervisionLoss", "loss": {"_target_": "custom.training.DscPlusPlusBCELoss"}}`
 
     Args:
         loss: called as `loss(logits, target)` on each level; DSC++ with BCE if not given.

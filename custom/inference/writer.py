@@ -27,7 +27,7 @@ SPATIAL_FIELDS = (
 class NativeGridWriter(NibabelWriter):
     """Writer for MONAI's `SaveImaged` that gives masks and probabilities back on the input's own grid.
 
-    `{"_target_": "SaveImaged", "keys": "pred", "writer": "custom.postprocess.NativeGridWriter", ...}`
+    `{"_target_": "SaveImaged", "keys": "pred", "writer": "custom.inference.NativeGridWriter", ...}`
 
     The header's geometry (pixdim, qform, sform, their codes, units) is copied field by field from the file named by
     `meta["filename_or_obj"]`, the first one where several images were joined. Free text and extensions of that file,

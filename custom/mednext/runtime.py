@@ -6,18 +6,22 @@ import copy
 import importlib.util
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..mednext import MedNeXt
+from .network import MedNeXt
 
 if TYPE_CHECKING:
     from .openvino import Program
 
 logger = logging.getLogger("comnet")
+
+if "openvino" not in sys.modules:  # importing it reports the import over the network, unless this module is absent
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 RUNTIMES = ("auto", "torch", "openvino")
 PRECISIONS = ("fp32", "bf16")
@@ -87,7 +91,6 @@ class Runtime:
         try:
             if importlib.util.find_spec("openvino") is None:
                 raise ImportError("it is not installed")
-            from . import openvino  # noqa: F401 - whether it can be imported
         except (ImportError, AttributeError, OSError) as error:
             reason = f"openvino cannot be used: {error}"
             if self.required:

@@ -20,9 +20,8 @@ from monai.inferers import Inferer
 from monai.transforms import MapTransform, Transform
 from torch import nn
 
-from .checkpoints import CheckpointError, load_network
-from .files import file_sha256, whole_file
-from .weights import fold_checkpoint
+from ..files import file_sha256, whole_file
+from ..weights import CheckpointError, fold_checkpoint, load_network
 
 logger = logging.getLogger("comnet")
 

@@ -169,7 +169,7 @@ class PostprocessRegions(Transform):
 class PostprocessRegionsd(MapTransform):
     """Dictionary version of `PostprocessRegions`, whose arguments it takes.
 
-    `{"_target_": "custom.postprocess.PostprocessRegionsd", "keys": "pred", "palette": "brats2021"}`
+    `{"_target_": "custom.inference.PostprocessRegionsd", "keys": "pred", "palette": "brats2021"}`
 
     Args:
         keys: probabilities, each `[3, X, Y, Z]`; they become label maps `[1, X, Y, Z]` uint8.

@@ -10,7 +10,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
-from .corrdiff import STAGES, CorrDiff, TrainingOutputs
+from . import STAGES, CorrDiff, TrainingOutputs
 
 logger = logging.getLogger("comnet")
 

@@ -1,4 +1,4 @@
-"""Releases: every bundle as one zip that needs nothing of this repository, the same bytes for the same input."""
+"""Releases: each bundle as a zip that works by itself, and one `custom` a process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -15,10 +16,61 @@ from typing import Any
 import torch
 
 from . import __version__
-from .checkpoints import PROVENANCE_KEY, CheckpointError, read_checkpoint
 from .files import file_sha256, whole_file, write_text
-from .guard import PACKAGE, package_files
-from .weights import TRUSTED, untrusted_parts
+from .weights import PROVENANCE_KEY, TRUSTED, CheckpointError, read_checkpoint, untrusted_parts
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+class VersionError(ImportError):
+    """Two different `custom` packages met in one process."""
+
+
+def check_version(version: str, bundle_root: str | os.PathLike = ".") -> str:
+    """Make sure that the imported `custom` is the one a bundle was written for.
+
+    Python imports a package once: in a server that holds two bundles, the second would silently run on the first one's
+    code. Every config calls this before it uses anything else of ours.
+
+    Args:
+        version: version of the bundle.
+        bundle_root: the bundle's folder; where it carries its own `custom`, that copy must equal the imported package.
+
+    Returns:
+        The version.
+
+    Raises:
+        VersionError: the imported package is another one.
+    """
+    own = Path(bundle_root, PACKAGE.name)
+    if version != __version__:
+        difference = f"needs `custom` {version}, but {__version__}"
+    elif _is_other_package(own) and package_digest(own) != package_digest(PACKAGE):
+        difference = f"carries another build of `custom` {version} than the one that"
+    else:
+        return version
+    raise VersionError(
+        f"the bundle in {os.path.abspath(bundle_root)} {difference} was imported from {PACKAGE}: use bundles of one "
+        "release, or run them in separate processes"
+    )
+
+
+def package_files(package: Path = PACKAGE) -> dict[str, Path]:
+    """Map the names of a package's source files, with forward slashes and in order, to the files themselves."""
+    return dict(sorted((path.relative_to(package).as_posix(), path) for path in package.rglob("*.py")))
+
+
+def package_digest(package: Path) -> str:
+    """Return one SHA-256 over the names and contents of a package's source files."""
+    digest = hashlib.sha256()
+    for name, path in package_files(package).items():
+        digest.update(f"{name}\0{file_sha256(path)}\0".encode())
+    return digest.hexdigest()
+
+
+def _is_other_package(own: Path) -> bool:
+    return (own / "__init__.py").is_file() and own.resolve() != PACKAGE
+
 
 logger = logging.getLogger("comnet")
 
@@ -109,7 +161,7 @@ def plain_state_dict(state: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
     """Make of weights and provenance what every tool of MONAI loads: a state dict with nothing around it.
 
     The provenance goes into `_metadata`, which PyTorch saves with every state dict and ignores where it knows no such
-    module; `custom.checkpoints.read_checkpoint` finds it there.
+    module; `custom.weights.read_checkpoint` finds it there.
     """
     plain = OrderedDict(state)
     plain._metadata = OrderedDict({PROVENANCE_KEY: dict(facts)})

@@ -1,8 +1,7 @@
-"""From region probabilities to a label map on the subject's own grid."""
+"""From a subject to its label map: windows, a loop that one bad subject cannot stop, cleaned regions, native grid."""
 
-from __future__ import annotations
-
-from .regions import (
+from .inferers import FewWindowsInferer, SubjectDataset, SubjectEvaluator, WholeVolumeInferer, describe
+from .postprocess import (
     PostprocessRegions,
     PostprocessRegionsd,
     clean_regions,
@@ -14,10 +13,15 @@ from .regions import (
 from .writer import NativeGridWriter
 
 __all__ = [
+    "FewWindowsInferer",
     "NativeGridWriter",
     "PostprocessRegions",
     "PostprocessRegionsd",
+    "SubjectDataset",
+    "SubjectEvaluator",
+    "WholeVolumeInferer",
     "clean_regions",
+    "describe",
     "fill_holes",
     "nest_regions",
     "regions_to_label_map",

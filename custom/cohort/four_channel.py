@@ -10,8 +10,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from .cohort import MODALITIES, Cohort, check_subject, subject_from_files
-from .postprocess.writer import image_like, write_whole
+from ..inference.writer import image_like, write_whole
+from . import MODALITIES, Cohort, check_subject, subject_from_files
 
 logger = logging.getLogger("comnet")
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
-from .corrdiff import TrainingOutputs
+from . import TrainingOutputs
 
 
 class CorrDiffLoss(nn.Module):

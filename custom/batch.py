@@ -18,13 +18,12 @@ import numpy as np
 from ignite.engine import Engine, Events
 
 from . import __version__
-from .checkpoints import CheckpointError
 from .cohort import REGIONS
 from .files import write_table, write_text
 from .metrics import calibration_columns, score_subject, summarise
 from .report import region_volumes, write_qc_picture, write_scores_report, write_segment_report, write_volumes_csv
 from .transforms import label_map_to_regions
-from .weights import Weights, describe_weights
+from .weights import CheckpointError, Weights, describe_weights
 
 logger = logging.getLogger("comnet")
 

@@ -15,9 +15,9 @@ from ignite.engine import Engine, Events
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from .checkpoints import CheckpointError, save_atomically
-from .files import copy_file, file_sha256
-from .training import EarlyStopHandler
+from ..files import copy_file, file_sha256
+from ..weights import CheckpointError, save_atomically
+from . import EarlyStopHandler
 
 logger = logging.getLogger("comnet")
 

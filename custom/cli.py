@@ -1,0 +1,425 @@
+"""The command `comnet`: sugar over the bundles; each subcommand prints the `monai.bundle run` it stands for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .bundle_run import bundle_root, known_reason, run_bundle
+
+
+def segment(
+    *inputs: str,
+    output_dir: str,
+    weights: str | None = None,
+    t1n: str | None = None,
+    t1c: str | None = None,
+    t2w: str | None = None,
+    flair: str | None = None,
+    device: str | None = None,
+    runtime: str = "auto",
+    sliding_window: bool = False,
+    probabilities: bool = False,
+    uncertainty: bool = False,
+    pictures: bool = True,
+    **overrides: Any,
+) -> None:
+    """Segment subjects: label map on each subject's own grid, volumes.csv, pictures and report.html.
+
+    Exit codes: 0 all segmented, 3 some failed or were excluded, 4 none could be segmented, 1 could not start.
+
+    Args:
+        inputs: subject folders, or dataset folders, or both.
+        output_dir: folder for the results; a stopped run goes on from what is there.
+        weights: folder with model.pt (a whole CoMNeT) or fold<k>/model.pt (backbones only); by default what
+            `comnet demo` has left.
+        t1n: one subject instead of folders: its T1 before contrast.
+        t1c: its T1 after contrast.
+        t2w: its T2.
+        flair: its T2-FLAIR.
+        device: "cpu", "cuda", "cuda:1"; by default a GPU if there is one.
+        runtime: "auto", "torch" or "openvino", which is several times faster on a CPU; auto takes it where it is
+            installed and the device is a CPU.
+        sliding_window: the paper's overlapping windows of the training patch, several times slower.
+        probabilities: also write the probability maps of ET, TC and WT.
+        uncertainty: also write how far folds and samples disagree, as a standard deviation of these probabilities;
+            --num_samples 5 samples CorrDiff five times.
+        pictures: draw a picture of each subject and the report.
+        overrides: any other value of the bundle's inference.json, by name.
+    """
+    dataset = _dataset(inputs, {"t1n": t1n, "t1c": t1c, "t2w": t2w, "flair": flair})
+    weights = str(weights or bundle_root("comnet_ensemble") / "models")
+    settings = ensemble_settings(weights)
+    if device:
+        _check_device(device)
+        settings["device"] = f"$torch.device('{device}')"
+    if sliding_window:
+        settings["inferer"] = "@sliding_window"
+    run_bundle(
+        "comnet_ensemble",
+        "inference.json",
+        dataset_dir=dataset,
+        output_dir=output_dir,
+        weights_dir=weights,
+        runtime=runtime,
+        write_probabilities=probabilities,
+        write_uncertainty=uncertainty,
+        write_pictures=pictures,
+        **(settings | overrides),
+    )
+
+
+def ensemble_settings(weights: str) -> dict[str, Any]:
+    """Read from the checkpoints which backbone, corrector, spacing and patch size they were made with.
+
+    Raises:
+        CheckpointError: there are no weights, or they cannot be read.
+        ValueError: they name a backbone or corrector that is none of CoMNeT's or MONAI's.
+    """
+    from .weights import describe_weights, untrusted_parts
+
+    described = describe_weights(weights)
+    names = ("backbone", "corrector", "spacing", "patch_size", "num_folds", "refine_each_fold")
+    settings = {name: described.facts[name] for name in names if described.facts.get(name) is not None}
+    if foreign := untrusted_parts(settings):
+        part = foreign[0]
+        raise ValueError(f"the weights name the {part} {settings[part]!r}, which is none of CoMNeT's: not used")
+    if "corrector" not in settings:  # MONAI drops an override of None
+        settings |= {"corrector": "$None", "network_def#corrector": "$None", "ledger#model": "MedNeXt ensemble"}
+    print(f"weights: {described.note}", file=sys.stderr)
+    return settings
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: PyTorch sees no GPU here; use --device cpu")
+
+
+def _dataset(inputs: Sequence[str], files: dict[str, str | None]) -> Any:
+    from .cohort import MODALITIES
+
+    given = {key: path for key, path in files.items() if path is not None}
+    if inputs and given:
+        raise ValueError("give either folders, or one subject by --t1n --t1c --t2w --flair, not both")
+    if given:
+        missing = [f"--{key}" for key in MODALITIES if key not in given]
+        if missing:
+            raise ValueError(f"one subject needs four files: {', '.join(missing)} missing")
+        return given
+    if not inputs:
+        raise ValueError(
+            "nothing to segment: name subject folders or a dataset folder, or use --t1n --t1c --t2w --flair"
+        )
+    return [str(path) for path in inputs]
+
+
+def validate(
+    dataset_dir: str,
+    output: str = "datalist.json",
+    layout: str = "auto",
+    palette: str | None = None,
+    num_folds: int = 5,
+    seed: int = 0,
+    unknown_labels: str = "exclude",
+    allow_empty_mask: bool = False,
+) -> None:
+    """Check every file of a dataset; write a datalist with folds and a report of what was excluded.
+
+    Args:
+        dataset_dir: folder with one subfolder a subject (UTSW-Glioma, BraTS, or plain names).
+        output: datalist JSON to write; the exclusions go to `<output>_exclusions.csv`.
+        layout: "auto", or the name of one layout.
+        palette: "brats2021" (enhancing tumour is 4) or "brats2023" (it is 3); by default the layout tells.
+        num_folds: cross-validation folds.
+        seed: seed of the folds.
+        unknown_labels: "exclude" subjects with undocumented labels, or take them as "background".
+        allow_empty_mask: keep subjects whose mask holds no tumour.
+    """
+    if Path(output).exists():
+        Path(output).unlink()
+    cohort = {
+        "layout": layout,
+        "palette": palette,
+        "unknown_labels": unknown_labels,
+        "allow_empty_mask": allow_empty_mask,
+    }
+    run_bundle(
+        "comnet_mednext",
+        "train.json",
+        run_id="check_data",
+        dataset_dir=dataset_dir,
+        datalist_file=output,
+        num_folds=num_folds,
+        seed=seed,
+        **{f"cohort#{key}": value for key, value in cohort.items()},
+    )
+
+
+def crossval(
+    datalist: str,
+    output_dir: str,
+    models: str | Sequence[str] = "segresnet,mednext,comnet",
+    config: str | Sequence[str] | None = None,
+    jobs: int | None = None,
+    dataset_dir: str | None = None,
+    num_folds: int | None = None,
+    seed: int = 0,
+    dry_run: bool = False,
+) -> None:
+    """Cross-validate SegResNet, MedNeXt and CoMNeT: train and score each fold, tune the ensemble, write the report.
+
+    Stop it at any moment: the same command goes on from there. What settings or inputs have changed is run again, with
+    all that depends on it; the earlier state is moved to OUTPUT_DIR/superseded.
+
+    Args:
+        datalist: datalist as `comnet validate` writes it, or a dataset folder, which is then checked first.
+        output_dir: folder for checkpoints, masks, scores, logs and report.
+        models: which of segresnet, mednext and comnet, with commas; comnet needs mednext, which is added.
+        config: files to lay over the bundles' configs, with commas: small.json of the bundles, or JSON files of your
+            own, which are laid over every config.
+        jobs: jobs side by side; by default one a GPU, or one.
+        dataset_dir: where the dataset is, if the datalist does not know or it was moved.
+        num_folds: folds to deal a dataset folder into, by default 5; a datalist has its own.
+        seed: seed of everything.
+        dry_run: print the commands and write them to OUTPUT_DIR/commands, for a cluster's own scheduler.
+    """
+    from .crossval.execute import execute, write_commands
+    from .crossval.plan import choose_models, make_plan
+    from .crossval.subjects import prepare_subjects
+
+    chosen = choose_models(_listed(models))
+    datalist_file = datalist_of(str(datalist), Path(output_dir), num_folds, seed)
+    subjects = prepare_subjects(datalist_file, output_dir, dataset_dir, num_folds)
+    stages = make_plan(output_dir, subjects, chosen, _listed(config), seed)
+    if dry_run:
+        for file, stage in zip(write_commands(stages, output_dir), stages, strict=True):
+            print(f"# {stage.name}: {file}", *(job.command() for job in stage.jobs), sep="\n")
+        return
+    execute(stages, output_dir, jobs)
+    tell_results(Path(output_dir))
+
+
+def datalist_of(source: str, run_dir: Path, num_folds: int | None, seed: int) -> Path:
+    """Return the datalist; for a dataset folder that of the run, made now unless it is there.
+
+    Raises:
+        ValueError: the run's datalist is that of another folder.
+    """
+    if not Path(source).is_dir():
+        return Path(source)
+    from .cohort.datalist import dataset_of
+
+    datalist = run_dir / "datalist.json"
+    if not datalist.exists():
+        validate(source, str(datalist), num_folds=num_folds or 5, seed=seed)
+    elif dataset_of(datalist) != Path(source).resolve():
+        raise ValueError(f"{run_dir} was made for the dataset {dataset_of(datalist)}: name another --output_dir")
+    return datalist
+
+
+def _listed(names: str | Sequence[str] | None) -> list[str]:
+    """Split what Fire hands over: text with commas, or the tuple that it has made of it."""
+    words: Any = names.split(",") if isinstance(names, str) else names or ()
+    return [str(word).strip() for word in words if str(word).strip()]
+
+
+def tell_results(run_dir: Path) -> None:
+    """Print Table 2 of a finished run, and where its report is."""
+    from .report.records import read_run
+    from .report.tables import table2_text
+
+    print(table2_text(read_run(run_dir).scores))
+    print(f"look at {run_dir / 'report' / 'report.html'}")
+
+
+def report(run_dir: str) -> None:
+    """Write the report of a cross-validation anew from what is in its folder.
+
+    Args:
+        run_dir: output folder of `comnet crossval`.
+    """
+    from .report import write_crossval_report
+
+    print(f"look at {write_crossval_report(run_dir)}")
+
+
+def stack(
+    *inputs: str,
+    output_dir: str = ".",
+    t1n: str | None = None,
+    t1c: str | None = None,
+    t2w: str | None = None,
+    flair: str | None = None,
+    name: str | None = None,
+) -> None:
+    """Make one four-channel file a subject (T1n, T1c, T2w, T2-FLAIR), for tools that take one image, like MONAI Label.
+
+    Every file is read to its last byte and checked as `comnet validate` does. Exit codes: 0 all stacked, 3 some failed,
+    4 none, 1 could not start.
+
+    Args:
+        inputs: subject folders, or dataset folders, or both.
+        output_dir: folder for the files `SUBJECT.nii.gz`, such as the studies folder of a MONAI Label server.
+        t1n: one subject instead of folders: its T1 before contrast.
+        t1c: its T1 after contrast.
+        t2w: its T2.
+        flair: its T2-FLAIR.
+        name: its name; by default that of the folder of `t1n`.
+    """
+    from .batch import EXIT_NONE_SEGMENTED, EXIT_SOME_FAILED
+    from .cohort.four_channel import StackingError
+    from .cohort.four_channel import stack as write_stacks
+
+    files = {"t1n": t1n, "t1c": t1c, "t2w": t2w, "flair": flair}
+    try:
+        written = write_stacks(*map(str, inputs), output_dir=str(output_dir), name=name, **files)
+    except StackingError as error:
+        print(*error.written, sep="\n", end="\n" * bool(error.written))
+        print(f"comnet: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_SOME_FAILED if error.written else EXIT_NONE_SEGMENTED) from error
+    print(*written, sep="\n")
+
+
+def pack(output_dir: str = "dist", weights: str | None = None, repo: str = "") -> None:
+    """Make a release: each bundle as a zip that works by itself, models/model_info.json and SHA256SUMS.
+
+    Same input, same bytes. Run it from a clone of the repository.
+
+    Args:
+        output_dir: folder for the release.
+        weights: output folder of `comnet crossval`, whose weights go into the zips; by default there are none in them.
+        repo: owner/repository/tag of the release on GitHub, for the addresses in model_info.json.
+    """
+    from .release import pack as write_release
+
+    for name in write_release(str(output_dir), weights, repo):
+        print(f"{output_dir}/{name}")
+
+
+PHANTOM_NOTE = "DEMO WEIGHTS: trained on synthetic phantoms only, meaningless on patients"
+GEOMETRY: dict[str, Any] = {"shape": (64, 72, 56), "spacing": (2.5, 2.5, 2.5)}
+UNTUNED = {"thresholds": [0.5] * 3, "min_volume_mm3": [50.0] * 3}
+STEPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "MedNeXt, one fold": ("comnet/fold0", UNTUNED | {"refine_regions": [False] * 3}),
+    "one fold + CorrDiff": ("comnet/fold0", UNTUNED | {"refine_regions": [True] * 3}),
+    "five folds": ("ensemble", UNTUNED | {"refine_regions": [False] * 3}),
+    "five folds + CorrDiff": ("ensemble", UNTUNED | {"refine_regions": [True] * 3}),
+    "CoMNeT as tuned": ("ensemble", {}),
+}
+"""From a single backbone to the whole: which weights of the run, with which settings."""
+
+
+def demo(output_dir: str = "runs/demo", seed: int = 0, num_subjects: int = 10, num_held_out: int = 4) -> None:
+    """Show the whole way on synthetic subjects: three models cross-validated, the ensemble, masks, scores, pictures.
+
+    Args:
+        output_dir: folder for subjects, weights, masks, scores and reports; a stopped demo goes on from there.
+        seed: seed of everything.
+        num_subjects: phantoms that the five folds share.
+        num_held_out: phantoms that no fold sees, on which each step from one backbone to the whole is scored.
+    """
+    from .crossval.execute import execute
+    from .crossval.plan import make_plan
+    from .crossval.subjects import prepare_subjects
+    from .phantom import write_cohort
+
+    run = Path(output_dir)
+    _write_once(write_cohort, run / "subjects", num_subjects, seed=seed)
+    _write_once(write_cohort, run / "held_out", num_held_out, seed=seed + 1, first_id=9001)
+    subjects = prepare_subjects(datalist_of(str(run / "subjects"), run, None, seed), run)
+    stages = make_plan(run, subjects, overlays=["demo.json"], seed=seed, notes=PHANTOM_NOTE)
+    execute([*stages, _score_steps(run)], run, jobs=min(2, os.cpu_count() or 1))
+    _report_steps(run)
+    _publish(run / "ensemble" / "model.pt", bundle_root("comnet_ensemble") / "models" / "model.pt")
+    tell_results(run)
+    print(f"and at {run / 'steps' / 'scores.html'}: from one backbone to the whole, on subjects that no fold has seen")
+
+
+def _write_once(write: Any, folder: Path, count: int, **options: Any) -> None:
+    """Write phantoms unless all are there; written anew, they would count as other subjects."""
+    if len(list(folder.glob("*/*.nii.gz"))) < 5 * count:
+        write(folder, count, progress=True, **GEOMETRY, **options)
+
+
+def _score_steps(run: Path) -> Any:
+    from .crossval.job import Job, Stage
+
+    return Stage("score_steps", tuple(_step_job(Job, run, number, name) for number, name in enumerate(STEPS)))
+
+
+def _step_job(make: Any, run: Path, number: int, name: str) -> Any:
+    from .crossval.overlays import Overlays
+
+    weights, settings = STEPS[name]
+    parts = Overlays(["demo.json"], run).values("comnet_corrdiff", "train.json")
+    networks = {key: parts[key] for key in ("backbone", "corrector", "spacing", "patch_size", "num_workers")}
+    output = run / "steps" / f"{number + 1}"
+    places = {"dataset_dir": run / "held_out", "weights_dir": run / weights, "output_dir": output}
+    facts = {"num_folds": 1 if weights.startswith("comnet") else 5, "ledger#model": name}
+    return make(
+        f"score_step{number + 1}",
+        run,
+        "comnet_ensemble",
+        ("inference.json", "evaluate.json"),
+        overrides=places | networks | facts | settings,
+        reads=(run / weights / "model.pt",),
+        writes=(output / "scores.csv",),
+    )
+
+
+def _report_steps(run: Path) -> None:
+    from .report import write_scores_report
+    from .report.records import read_scores
+
+    folders = [run / "steps" / f"{number + 1}" for number in range(len(STEPS))]
+    scores = [score for folder in folders for score in read_scores(folder)]
+    pictures = {path.parent.name: path for path in sorted(folders[-1].glob("*/*_qc.png"))}
+    page = run / "steps" / "scores.html"
+    title = "CoMNeT: from one backbone to the whole"
+    write_scores_report(page, scores, pictures, title, "Held-out phantoms", PHANTOM_NOTE)
+
+
+def _publish(weights: Path, target: Path) -> None:
+    """Make the demo's weights the default of `comnet segment`, unless other weights are there already."""
+    from .files import copy_file
+    from .weights import describe_weights
+
+    there = target.is_file() or any(target.parent.glob("fold*/model.pt"))
+    if there and describe_weights(target.parent).note != PHANTOM_NOTE:
+        print(f"{target.parent} holds other weights: left as they are", file=sys.stderr)
+        return
+    copy_file(weights, target)
+
+
+SPIN_COUNT = "1000"
+SUBCOMMANDS = {function.__name__: function for function in (demo, segment, validate, crossval, report, stack, pack)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `comnet`."""
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when PyTorch is first imported
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    import fire
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[-1] in ("--help", "-h"):  # Fire alone would complain of missing arguments as well
+        arguments[-1:] = ["--", "--help"]
+    try:
+        fire.Fire(SUBCOMMANDS, command=arguments, name="comnet")
+    except KeyboardInterrupt:
+        sys.exit("comnet: stopped; the same command goes on from here")
+    except Exception as error:
+        reason = known_reason(error)
+        if reason is None:
+            raise
+        sys.exit(f"comnet: {reason}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,0 @@
-"""``python -m custom.cli`` is `comnet`."""
-
-from . import main
-
-if __name__ == "__main__":
-    main()

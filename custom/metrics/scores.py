@@ -1,0 +1,218 @@
+"""Scores of one subject and of many: overlap, surface distance, volumes, and their handlers."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from monai.config import NdarrayOrTensor
+from monai.handlers import IgniteMetricHandler
+from monai.metrics import DiceMetric, compute_dice, compute_hausdorff_distance, compute_surface_dice
+from monai.utils import convert_to_tensor
+
+from ..cohort import REGIONS
+from .lesions import LESION_SCORES, crop_to_masks, lesion_scores
+
+EMPTY_HD95_MM = 373.12866
+"""Diagonal of the 240×240×155 grid at 1 mm: BraTS' distance where exactly one of the two masks is empty."""
+
+
+def overlap_scores(prediction: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+    """Dice of two boolean masks `[X, Y, Z]` in both conventions for empty ones."""
+    pair = {"y_pred": prediction[None, None], "y": reference[None, None], "include_background": True}
+    return {"dice": compute_dice(**pair).item(), "dice_brats": compute_dice(**pair, ignore_empty=False).item()}
+
+
+def surface_scores(
+    prediction: torch.Tensor, reference: torch.Tensor, spacing: Sequence[float], tolerance: float
+) -> dict[str, float]:
+    """Surface distance and surface Dice of two boolean masks `[X, Y, Z]`; spacing and tolerance in mm."""
+    empty = (not prediction.any(), not reference.any())
+    if all(empty):
+        return {"hd95": math.nan, "hd95_brats": 0.0, "nsd": math.nan, "nsd_brats": 1.0}
+    if any(empty):
+        nsd = math.nan if empty[1] else 0.0
+        return {"hd95": math.nan, "hd95_brats": EMPTY_HD95_MM, "nsd": nsd, "nsd_brats": 0.0}
+    ours, theirs = crop_to_masks(prediction, reference)
+    pair = {"y_pred": ours[None, None], "y": theirs[None, None], "include_background": True, "spacing": spacing}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        hd95 = compute_hausdorff_distance(**pair, percentile=95).item()
+        nsd = compute_surface_dice(**pair, class_thresholds=[tolerance], use_subvoxels=True).item()
+    return {"hd95": hd95, "hd95_brats": hd95, "nsd": nsd, "nsd_brats": nsd}
+
+
+def volumes(prediction: torch.Tensor, reference: torch.Tensor, spacing: Sequence[float]) -> dict[str, float]:
+    """Volumes of two boolean masks `[X, Y, Z]` and their signed difference, in ml."""
+    ours, theirs = (mask.sum().item() * math.prod(spacing) / 1000 for mask in (prediction, reference))
+    return {"volume_ml": ours, "reference_ml": theirs, "volume_error_ml": ours - theirs}
+
+
+SCORES = ("dice", "dice_brats", "hd95", "hd95_brats", "nsd", "nsd_brats")
+
+
+def score_subject(
+    prediction: NdarrayOrTensor,
+    reference: NdarrayOrTensor,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    tolerance_mm: float = 1.0,
+    min_lesion_mm3: float = 50.0,
+) -> dict[str, float]:
+    """Score one subject's regions.
+
+    Args:
+        prediction: binary `[3, X, Y, Z]`, ET, TC and WT, on the full native grid.
+        reference: the same shape.
+        spacing: size of a voxel along each axis, in mm.
+        tolerance_mm: distance up to which two surfaces count as the same in the surface Dice.
+        min_lesion_mm3: volume below which the lesion-wise scores ignore a lesion.
+
+    Returns:
+        For each region, as `ET_dice` and so on:
+        `dice` (eq. 7) and `dice_brats`, in [0, 1];
+        `hd95` and `hd95_brats`, the larger of the two directed 95th percentiles of surface distances, in mm;
+        `nsd` and `nsd_brats`, the surface Dice weighted by area (Nikolov et al. 2021, doi 10.2196/26151), in [0, 1];
+        `volume_ml`, `reference_ml` and `volume_error_ml`, the first less the second;
+        `lesion_dice` and `lesion_dice_brats`, in [0, 1], and the counts `lesions` (of the reference), `lesions_found`
+        and `lesions_false`, see `lesion_scores`; NaN without panoptica.
+        And `mean_dice` (eq. 8) to `mean_lesion_dice_brats`, the means over the regions that have a score.
+
+    Raises:
+        ValueError: the shapes differ or are no `[3, X, Y, Z]`, a mask is not binary, or the spacing is not three
+            positive numbers.
+    """
+    predicted, expected = _binary(prediction, "prediction"), _binary(reference, "reference")
+    if predicted.shape != expected.shape:
+        raise ValueError(f"prediction {tuple(predicted.shape)} and reference {tuple(expected.shape)} differ in shape")
+    size = [float(length) for length in spacing]
+    if len(size) != 3 or not all(0 < length < math.inf for length in size):
+        raise ValueError(f"spacing {tuple(spacing)} is not three positive numbers (mm)")
+    predicted, expected = _around_both(predicted, expected)
+    row: dict[str, float] = {}
+    for region, ours, theirs in zip(REGIONS, predicted, expected, strict=True):
+        scores = overlap_scores(ours, theirs) | surface_scores(ours, theirs, size, tolerance_mm)
+        scores |= volumes(ours, theirs, size) | lesion_scores(ours, theirs, size, min_lesion_mm3)
+        row |= {f"{region}_{name}": value for name, value in scores.items()}
+    means = {name: mean_of_defined(row[f"{region}_{name}"] for region in REGIONS) for name in SCORES + LESION_SCORES}
+    return row | {f"mean_{name}": value for name, value in means.items()}
+
+
+def _around_both(*masks: torch.Tensor, margin: int = 2) -> list[torch.Tensor]:
+    """Crop to the box of all foreground and a margin: no score depends on the rest, and it is most of a volume."""
+    where = torch.stack(masks).flatten(0, 1).any(0).nonzero()
+    if not len(where):
+        return list(masks)
+    low, high = (where.amin(0) - margin).clamp_min(0).tolist(), (where.amax(0) + 1 + margin).tolist()
+    return [mask[(slice(None), *map(slice, low, high))] for mask in masks]
+
+
+def _binary(mask: NdarrayOrTensor, name: str) -> torch.Tensor:
+    tensor = convert_to_tensor(mask, track_meta=False, device="cpu")
+    if tensor.ndim != 4 or tensor.shape[0] != len(REGIONS):
+        raise ValueError(f"{name} {tuple(tensor.shape)} is not [3, X, Y, Z], one mask for each of {', '.join(REGIONS)}")
+    binary = tensor.bool()
+    if not torch.equal(binary.to(tensor.dtype), tensor):
+        raise ValueError(f"{name} has values other than 0 and 1: threshold it, or convert the label map to regions")
+    return binary
+
+
+if TYPE_CHECKING:
+    from ignite.engine import Engine
+
+
+class RegionDice(DiceMetric):
+    """Dice of each region averaged over subjects, for prediction and reference `[B, 3, *spatial]`, binary.
+
+    Unlike `DiceMetric(reduction="mean_batch")`, a region that no subject has is NaN rather than 0, and the values are
+    not rounded. Subjects are gathered from all processes.
+
+    Args:
+        ignore_empty: leave out subjects whose reference is empty; otherwise both empty scores 1, else 0.
+    """
+
+    def __init__(self, ignore_empty: bool = True) -> None:
+        super().__init__(include_background=True, reduction="none", ignore_empty=ignore_empty)
+
+    def aggregate(self, reduction: Any = None) -> torch.Tensor:
+        """Return `[3]`, NaN for a region without a score.
+
+        Raises:
+            ValueError: no subject was scored.
+        """
+        scores = self.get_buffer()
+        if scores is None:
+            raise ValueError("no subject was scored: check that the validation list is not empty")
+        return torch.nanmean(scores, dim=0)
+
+
+class MeanRegionDice(IgniteMetricHandler):
+    """Region-wise average Dice (eq. 8) as key metric of an engine, each region under a name of its own besides.
+
+    Attached as `val_mean_dice`, it sets `val_mean_dice`, `val_dice_et`, `val_dice_tc` and `val_dice_wt` in
+    `engine.state.metrics`, and every subject's values in `engine.state.metric_details`, where `MetricsSaver` finds
+    them. The average runs over the regions that have a score, so it is NaN only where none has.
+
+    `{"_target_": "custom.metrics.MeanRegionDice", "output_transform": "$from_engine(['pred', 'label'])"}`
+
+    Args:
+        output_transform: turns `engine.state.output` into a pair of prediction and reference; see `RegionDice`.
+        ignore_empty: see `RegionDice`.
+        prefix: of the regions' names.
+        save_details: whether to keep every subject's values.
+    """
+
+    def __init__(
+        self,
+        output_transform: Callable = lambda output: output,
+        ignore_empty: bool = True,
+        prefix: str = "val_dice",
+        save_details: bool = True,
+    ) -> None:
+        super().__init__(RegionDice(ignore_empty), output_transform=output_transform, save_details=save_details)
+        self.prefix = prefix
+        self.region_means = [math.nan] * len(REGIONS)
+
+    def compute(self) -> float:
+        """Return the mean over regions of the means over subjects."""
+        self.region_means = super().compute().tolist()
+        return mean_of_defined(self.region_means)
+
+    def completed(self, engine: Engine, name: str) -> None:
+        """Write the average under `name`, and the regions beside it."""
+        super().completed(engine, name)
+        for region, value in zip(REGIONS, self.region_means, strict=True):
+            engine.state.metrics[f"{self.prefix}_{region.lower()}"] = value
+
+
+def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean, sample standard deviation and count of every column of numbers.
+
+    Args:
+        rows: one mapping per subject, or per fold for the ± of the paper's Table 2. NaN and absent values are left
+            out, and so are columns without a number, such as the subject's name.
+
+    Returns:
+        For each column `{"mean", "sd", "n"}`; `sd` divides by n - 1 and is NaN below two values, `mean` below one.
+    """
+    columns: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, Real) and not isinstance(value, bool):
+                columns.setdefault(name, []).append(float(value))
+    return {name: _moments(values) for name, values in columns.items()}
+
+
+def mean_of_defined(values: Iterable[float]) -> float:
+    """Mean of the values that are not NaN; NaN where there is none."""
+    return _moments(values)["mean"]
+
+
+def _moments(values: Iterable[float]) -> dict[str, float]:
+    defined: Sequence[float] = [value for value in values if not math.isnan(value)]
+    mean = statistics.fmean(defined) if defined else math.nan
+    return {"mean": mean, "sd": statistics.stdev(defined) if len(defined) > 1 else math.nan, "n": len(defined)}
