@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from .blocks import Block, UpBlock
 from .network import (
     MIC_DKFZ_NAMES,
@@ -13,6 +15,9 @@ from .network import (
     mednext_small,
     mednext_tiny,
 )
+
+if "openvino" not in sys.modules:  # importing it reports that over the network, unless this module is absent
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 __all__ = [
     "MIC_DKFZ_NAMES",

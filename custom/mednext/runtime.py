@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +18,6 @@ if TYPE_CHECKING:
     from .openvino import Program
 
 logger = logging.getLogger("comnet")
-
-if "openvino" not in sys.modules:  # importing it reports the import over the network, unless this module is absent
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 RUNTIMES = ("auto", "torch", "openvino")
 PRECISIONS = ("fp32", "bf16")
