@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT ?= 1000
 help:
 	@echo "make demo   synthetic subjects -> three models, five folds each -> ensemble -> tables, figures, pictures"
 	@echo "make test   all tests with coverage"
-	@echo "make lint   ruff check and ruff format --check"
+	@echo "make lint   ruff check, ruff format --check, mypy"
 	@echo "make pack   the three bundles as zips that work by themselves (dist/)"
 	@echo "make bench  speed and memory against MONAI's own networks (docs/benchmarks.md); on real subjects too with"
 	@echo "            DATA=dataset folder and RUN=folder of comnet crossval --config small.json"
@@ -33,6 +33,7 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_mednext.py --full --skip training --output docs/benchmarks.md
