@@ -7,11 +7,16 @@ import logging
 import os
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+from .files import FileError, UserError, write_text
+
+FAULT_LOG = "comnet-error.log"
 
 
 def bundle_root(name: str) -> Path:
@@ -20,7 +25,7 @@ def bundle_root(name: str) -> Path:
     for bundles in (package / "bundles", package.parent / "bundles"):
         if (bundles / name / "configs").is_dir():
             return bundles / name
-    raise FileNotFoundError(f"bundle {name} is not installed: run from the repository or install the package again")
+    raise FileError(f"bundle {name} is not installed: run from the repository or install the package again")
 
 
 def config_files(name: str, configs: Iterable[str | Path]) -> list[Path]:
@@ -72,13 +77,24 @@ def _quoted(word: str) -> str:
 
 
 def known_reason(error: BaseException) -> str | None:
-    """Find, in a chain of errors, the one that is about the user's input; ``None`` if it is a fault of ours."""
+    """Find what to tell the user in an error or what caused it; ``None`` if that is a fault of ours."""
     found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, OSError) or type(found) is ValueError or _is_ours(found):
-            return str(found)
-        found = found.__cause__ or found.__context__
-    return None
+    while found is not None and not isinstance(found, UserError):
+        found = found.__cause__
+    return None if found is None else str(found)
+
+
+def log_fault(error: BaseException, folder: str | Path) -> str:
+    """Keep the traceback of a fault of ours in ``<folder>/comnet-error.log``; return what to tell the user."""
+    story = "".join(traceback.format_exception(error))
+    what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    for place in (Path(folder), Path.cwd()):
+        try:
+            write_text(place / FAULT_LOG, story)
+        except OSError:
+            continue
+        return f"{what}\ncomnet: this is no mistake of yours; its traceback is in {place / FAULT_LOG}"
+    return f"{what}\n{story}"
 
 
 def _refuse_unknown(overrides: Mapping[str, Any], files: Sequence[str]) -> None:
@@ -87,8 +103,4 @@ def _refuse_unknown(overrides: Mapping[str, Any], files: Sequence[str]) -> None:
     if unknown:
         close = get_close_matches(unknown[0], known, n=3)
         advice = f"did you mean --{' or --'.join(close)}?" if close else f"options are the names in {files[0]}"
-        raise ValueError(f"unknown option --{unknown[0]}: {advice}")
-
-
-def _is_ours(error: BaseException) -> bool:
-    return type(error).__module__.startswith("custom.")
+        raise UserError(f"unknown option --{unknown[0]}: {advice}")

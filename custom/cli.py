@@ -6,10 +6,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .bundle_run import bundle_root, known_reason, run_bundle
+from .bundle_run import bundle_root, known_reason, log_fault, run_bundle
+from .files import UserError
 
 
 def segment(
@@ -87,7 +89,7 @@ def ensemble_settings(weights: str) -> dict[str, Any]:
     settings = {name: described.facts[name] for name in names if described.facts.get(name) is not None}
     if foreign := untrusted_parts(settings):
         part = foreign[0]
-        raise ValueError(f"the weights name the {part} {settings[part]!r}, which is none of CoMNeT's: not used")
+        raise UserError(f"the weights name the {part} {settings[part]!r}, which is none of CoMNeT's: not used")
     if "corrector" not in settings:  # MONAI drops an override of None
         settings |= {"corrector": "$None", "network_def#corrector": "$None", "ledger#model": "MedNeXt ensemble"}
     print(f"weights: {described.note}", file=sys.stderr)
@@ -98,7 +100,7 @@ def _check_device(device: str) -> None:
     import torch
 
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: PyTorch sees no GPU here; use --device cpu")
+        raise UserError(f"--device {device}: PyTorch sees no GPU here; use --device cpu")
 
 
 def _dataset(inputs: Sequence[str], files: dict[str, str | None]) -> Any:
@@ -106,14 +108,14 @@ def _dataset(inputs: Sequence[str], files: dict[str, str | None]) -> Any:
 
     given = {key: path for key, path in files.items() if path is not None}
     if inputs and given:
-        raise ValueError("give either folders, or one subject by --t1n --t1c --t2w --flair, not both")
+        raise UserError("give either folders, or one subject by --t1n --t1c --t2w --flair, not both")
     if given:
         missing = [f"--{key}" for key in MODALITIES if key not in given]
         if missing:
-            raise ValueError(f"one subject needs four files: {', '.join(missing)} missing")
+            raise UserError(f"one subject needs four files: {', '.join(missing)} missing")
         return given
     if not inputs:
-        raise ValueError(
+        raise UserError(
             "nothing to segment: name subject folders or a dataset folder, or use --t1n --t1c --t2w --flair"
         )
     return [str(path) for path in inputs]
@@ -219,7 +221,7 @@ def datalist_of(source: str, run_dir: Path, num_folds: int | None, seed: int) ->
     if not datalist.exists():
         validate(source, str(datalist), num_folds=num_folds or 5, seed=seed)
     elif dataset_of(datalist) != Path(source).resolve():
-        raise ValueError(f"{run_dir} was made for the dataset {dataset_of(datalist)}: name another --output_dir")
+        raise UserError(f"{run_dir} was made for the dataset {dataset_of(datalist)}: name another --output_dir")
     return datalist
 
 
@@ -415,10 +417,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit("comnet: stopped; the same command goes on from here")
     except Exception as error:
-        reason = known_reason(error)
-        if reason is None:
-            raise
-        sys.exit(f"comnet: {reason}")
+        sys.exit(f"comnet: {known_reason(error) or log_fault(error, _output_folder(arguments))}")
+
+
+def _output_folder(arguments: Sequence[str]) -> str:
+    """Where the outputs go, for what has to be written beside them when the command itself failed."""
+    for word, after in pairwise([*arguments, "."]):
+        if word.split("=")[0] == "--output_dir":
+            return word.partition("=")[2] or after
+    return "."
 
 
 if __name__ == "__main__":

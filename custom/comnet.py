@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .cohort import REGIONS
+from .files import UserError
 from .weights import NUM_FOLDS, NetworkLoader, load_network, load_part, weight_files
 
 logger = logging.getLogger("comnet")
@@ -60,7 +61,7 @@ class CoMNeT(nn.Module):
     ) -> None:
         super().__init__()
         if len(refine_regions) != len(REGIONS):
-            raise ValueError(f"refine_regions is {list(refine_regions)}: one answer each for {', '.join(REGIONS)}")
+            raise UserError(f"refine_regions is {list(refine_regions)}: one answer each for {', '.join(REGIONS)}")
         self.backbones = nn.ModuleList(backbone() for _ in range(num_folds))
         self.corrector = corrector
         self.refine_each_fold = refine_each_fold

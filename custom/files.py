@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and the errors that are meant for users."""
 
 from __future__ import annotations
 
@@ -14,6 +14,21 @@ from pathlib import Path
 from typing import Any
 
 
+class UserError(ValueError):
+    """What a user can mend; the message says what is wrong, where, and what to do.
+
+    All errors meant for users derive from it: only these are told in one line, anything else keeps its traceback.
+    """
+
+
+class FileError(OSError, UserError):
+    """A file or folder that is absent, or cannot be read or written."""
+
+    def __str__(self) -> str:
+        """The message, without the number that `OSError` puts before it."""
+        return str(self.args[-1])
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; it takes that name only when the block ends without an error.
@@ -22,7 +37,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     dot. Whatever stops the block, no file named ``path`` is ever half written.
 
     Raises:
-        OSError: the folder cannot be made or written; the message names it and says what to do.
+        FileError: the folder cannot be made or written; the message names it and says what to do.
     """
     path = Path(path)
     temporary = path.with_name(f".partial-{uuid.uuid4().hex}-{path.name}")
@@ -31,7 +46,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         temporary.touch()
     except OSError as error:
         advice = f"cannot write to {path.parent} ({error.strerror}): choose another folder or mend its permissions"
-        raise OSError(error.errno, advice) from error
+        raise FileError(error.errno, advice) from error
     try:
         yield temporary
         os.replace(temporary, path)

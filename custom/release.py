@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from . import __version__
-from .files import file_sha256, whole_file, write_text
+from .files import UserError, file_sha256, whole_file, write_text
 from .weights import PROVENANCE_KEY, TRUSTED, CheckpointError, read_checkpoint, untrusted_parts
 
 PACKAGE = Path(__file__).resolve().parent
 
 
-class VersionError(ImportError):
+class VersionError(ImportError, UserError):
     """Two different `custom` packages met in one process."""
 
 
@@ -86,7 +86,7 @@ EARLIEST = (1980, 1, 1, 0, 0, 0)
 NO_WEIGHTS = "No weights are distributed in this bundle: train them, or put a model.pt here.\n"
 
 
-class PackingError(ValueError):
+class PackingError(UserError):
     """A bundle cannot be released as it is; the message names the file and what to do."""
 
 

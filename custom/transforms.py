@@ -15,6 +15,7 @@ from monai.transforms.inverse import InvertibleTransform
 from monai.utils import TraceKeys, ensure_tuple
 
 from .cohort import MODALITIES, REGION_TISSUES, REGIONS, palette_values
+from .files import UserError
 
 DEFAULT_PALETTE = "brats2021"
 
@@ -96,7 +97,7 @@ class CheckModalitiesd(MapTransform):
         for key in self.key_iterator(data):
             shape = tuple(data[key].shape)
             if len(shape) != 4 or shape[0] != self.num_modalities:
-                raise ValueError(
+                raise UserError(
                     f"{key} has shape {shape}, expected ({self.num_modalities}, x, y, z): give the four modalities "
                     f"{', '.join(MODALITIES)} as a list of four 3D files or as one 4D file in that order"
                 )

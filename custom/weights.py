@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from .cohort import REGIONS
-from .files import file_sha256, whole_file
+from .files import UserError, file_sha256, whole_file
 
 MODEL_KEY = "model"
 PROVENANCE_KEY = "provenance"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is missing, unreadable or made for another network; the message names the file and what to do."""
 
 

@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 from monai.utils import optional_import
 
+from ..files import UserError
 from .subject import MODALITIES, PALETTES, REGION_TISSUES, REGIONS, Exclusion, Subject, SubjectError
 from .volumes import read_volume
 
@@ -56,7 +57,7 @@ def check_subject(
         ValueError: `unknown_labels` is neither of the two.
     """
     if unknown_labels not in ("exclude", "background"):
-        raise ValueError(f'unknown_labels is {unknown_labels!r}: give "exclude" or "background".')
+        raise UserError(f'unknown_labels is {unknown_labels!r}: give "exclude" or "background".')
     if require_label and subject.label is None:
         folder = os.path.dirname(subject.images[0])
         raise SubjectError(subject.name, folder, "no tumour mask", "Add one, or use the subject for inference only")
@@ -273,7 +274,7 @@ def log_outcome(
     """
     excluded = [str(exclusion) for exclusion in exclusions]
     if not kept:
-        raise ValueError(f"no usable subject in {source}: all {len(excluded)} are excluded. {_first(excluded, places)}")
+        raise UserError(f"no usable subject in {source}: all {len(excluded)} are excluded. {_first(excluded, places)}")
     if not excluded:
         logger.info("%s: %d subjects kept, none excluded", source, len(kept))
     else:

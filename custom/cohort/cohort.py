@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from ..files import UserError
 from .checks import check_subjects
 from .datalist import build_datalist, load_datalist, with_absolute_paths, write_datalist
 from .layouts import DatasetDir, PathLike, find_subjects
@@ -149,13 +150,13 @@ class Cohort:
     def _check_settings(self, datalist: dict[str, Any]) -> None:
         folds = datalist.get("num_folds", 1 + max(item["fold"] for item in datalist["training"]))
         if folds != self.num_folds:
-            raise ValueError(
+            raise UserError(
                 f"{self.datalist_file} has {folds} folds, but num_folds is {self.num_folds}: "
                 f"set num_folds to {folds}, or delete the datalist to have it built again."
             )
         palettes = {item["palette"] for item in datalist["training"]}
         if self.palette is not None and palettes != {self.palette}:
-            raise ValueError(
+            raise UserError(
                 f"{self.datalist_file} was built with palette {', '.join(sorted(palettes))}, not {self.palette}: "
                 "ask for that one, or delete the datalist to have it built again."
             )
@@ -172,9 +173,9 @@ class Cohort:
 
     def _part(self, fold: int | str | None, part: str, items: list[Item]) -> list[Item]:
         if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < self.num_folds:
-            raise ValueError(f"no fold {fold!r} to take {part} items of: give a number from 0 to {self.num_folds - 1}.")
+            raise UserError(f"no fold {fold!r} to take {part} items of: give a number from 0 to {self.num_folds - 1}.")
         if not items:
-            raise ValueError(
+            raise UserError(
                 f"fold {fold} of {self.num_folds} leaves no subject for {part}: give fewer folds or more subjects."
             )
         return items

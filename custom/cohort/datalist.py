@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..files import write_table, write_text
+from ..files import FileError, UserError, write_table, write_text
 from .checks import check_subjects, log_outcome
 from .layouts import DatasetDir, PathLike, base_folder, find_subjects
 from .subject import MODALITIES, PALETTES, REGIONS, Exclusion, Subject
@@ -129,7 +129,7 @@ def dataset_of(datalist_file: PathLike) -> Path:
     """
     datalist = _read_json(datalist_file)
     if not isinstance(datalist.get("dataset_dir"), str):
-        raise ValueError(f"{datalist_file} does not say where its dataset is: give the folder with --dataset_dir")
+        raise UserError(f"{datalist_file} does not say where its dataset is: give the folder with --dataset_dir")
     return Path(os.path.normpath(Path(datalist_file).resolve().parent / datalist["dataset_dir"]))
 
 
@@ -155,7 +155,7 @@ def load_datalist(datalist_file: PathLike, dataset_dir: DatasetDir) -> dict[str,
     files = [file for item in absolute["training"] for file in (*item["image"], item["label"])]
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:
-        raise FileNotFoundError(
+        raise FileError(
             f"{datalist_file}: {len(missing)} of {len(files)} files do not exist, first {', '.join(missing[:3])}. "
             "Give the dataset_dir it was built from, or delete the datalist to have it built again."
         )
@@ -222,29 +222,29 @@ def _read_json(file: PathLike) -> dict[str, Any]:
     try:
         datalist = json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file}: no JSON ({error}). Delete it to have the datalist built again.") from error
+        raise UserError(f"{file}: no JSON ({error}). Delete it to have the datalist built again.") from error
     if not isinstance(datalist, dict) or not isinstance(datalist.get("training"), list) or not datalist["training"]:
-        raise ValueError(f'{file}: no items under "training". Delete it to have the datalist built again.')
+        raise UserError(f'{file}: no items under "training". Delete it to have the datalist built again.')
     return datalist
 
 
 def _check_items(datalist: dict[str, Any], file: str) -> None:
     order = datalist.get("modalities", list(MODALITIES))
     if order != list(MODALITIES):
-        raise ValueError(f"{file}: modalities are in the order {order}, not {list(MODALITIES)}: build it again.")
+        raise UserError(f"{file}: modalities are in the order {order}, not {list(MODALITIES)}: build it again.")
     names: set[str] = set()
     for number, item in enumerate(datalist["training"]):
         absent = [key for key in ITEM_KEYS if key not in item]
         if absent:
-            raise ValueError(f"{file}: training item {number} lacks {', '.join(absent)}: add them or build it again.")
+            raise UserError(f"{file}: training item {number} lacks {', '.join(absent)}: add them or build it again.")
         if not isinstance(item["image"], list) or len(item["image"]) != len(MODALITIES):
-            raise ValueError(f"{file}: {item['subject']} needs a list of {len(MODALITIES)} images: build it again.")
+            raise UserError(f"{file}: {item['subject']} needs a list of {len(MODALITIES)} images: build it again.")
         if item["palette"] not in PALETTES:
-            raise ValueError(f"{file}: {item['subject']} has palette {item['palette']!r}, none of {list(PALETTES)}.")
+            raise UserError(f"{file}: {item['subject']} has palette {item['palette']!r}, none of {list(PALETTES)}.")
         if not isinstance(item["fold"], int) or not 0 <= item["fold"] < datalist.get("num_folds", float("inf")):
-            raise ValueError(f"{file}: {item['subject']} is in fold {item['fold']!r}, which is none of its folds.")
+            raise UserError(f"{file}: {item['subject']} is in fold {item['fold']!r}, which is none of its folds.")
         if item["subject"] in names:
-            raise ValueError(f"{file}: {item['subject']} is listed twice: take one out.")
+            raise UserError(f"{file}: {item['subject']} is listed twice: take one out.")
         names.add(item["subject"])
 
 
@@ -269,7 +269,7 @@ def assign_folds(items: Iterable[Mapping[str, Any]], num_folds: int = 5, seed: i
         ValueError: `num_folds` below 1.
     """
     if num_folds < 1:
-        raise ValueError(f"num_folds is {num_folds}: give at least 1.")
+        raise UserError(f"num_folds is {num_folds}: give at least 1.")
     total = [0] * num_folds
     folds: dict[str, int] = {}
     for _, patients in sorted(_strata(items, seed).items()):

@@ -10,6 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from ..files import UserError
 from ..inference.writer import image_like, write_whole
 from . import MODALITIES, Cohort, check_subject, subject_from_files
 
@@ -18,7 +19,7 @@ logger = logging.getLogger("comnet")
 KEPT_TYPES = ("uint8", "int16", "int32", "uint16", "float32")
 
 
-class StackingError(ValueError):
+class StackingError(UserError):
     """Some subjects were not stacked; the message names the first.
 
     Attributes:
@@ -64,7 +65,7 @@ def stack(
     """
     files = {"t1n": t1n, "t1c": t1c, "t2w": t2w, "flair": flair}
     if bool(inputs) == any(files.values()) or (any(files.values()) and not all(files.values())):
-        raise ValueError("give folders, or one subject by all four of --t1n --t1c --t2w --flair")
+        raise UserError("give folders, or one subject by all four of --t1n --t1c --t2w --flair")
     if not inputs:
         subject = subject_from_files(**files, name=name)
         check_subject(subject)
@@ -95,9 +96,9 @@ def stack_files(images: Sequence[str], output: str | Path) -> str:
         OSError: a file cannot be read or written.
     """
     if len(images) != len(MODALITIES):
-        raise ValueError(f"{len(images)} files given, one each needed for {', '.join(MODALITIES)}")
+        raise UserError(f"{len(images)} files given, one each needed for {', '.join(MODALITIES)}")
     if Path(output).resolve() in [Path(image).resolve() for image in images]:
-        raise ValueError(f"{output} is one of the images: choose another name for the stack")
+        raise UserError(f"{output} is one of the images: choose another name for the stack")
     loaded = [nib.load(image) for image in images]
     voxels = [np.asanyarray(image.dataobj) for image in loaded]
     types = {str(array.dtype.newbyteorder("=")) for array in voxels}

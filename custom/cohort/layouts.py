@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from ..files import FileError, UserError
 from .subject import MODALITIES, PALETTES, Exclusion, Subject, SubjectError
 
 LAYOUTS = ("utsw", "brats2021", "brats2023", "plain")
@@ -178,9 +179,9 @@ def check_choices(layout: str, palette: str | None) -> None:
         ValueError: naming what there is.
     """
     if layout not in ("auto", *LAYOUTS):
-        raise ValueError(f"unknown layout {layout!r}: give one of {', '.join(('auto', *LAYOUTS))}.")
+        raise UserError(f"unknown layout {layout!r}: give one of {', '.join(('auto', *LAYOUTS))}.")
     if palette is not None and palette not in PALETTES:
-        raise ValueError(f"unknown palette {palette!r}: give one of {', '.join(PALETTES)}.")
+        raise UserError(f"unknown palette {palette!r}: give one of {', '.join(PALETTES)}.")
 
 
 def reject_namesakes(subjects: Iterable[Subject]) -> None:
@@ -306,7 +307,7 @@ def find_subjects(
     for root in dataset_roots(dataset_dir):
         found, left_out = subjects_from_names(_list_names(root), layout, palette, require_label, str(root))
         if not found and not left_out:
-            raise ValueError(_nothing_found(root, layout))
+            raise UserError(_nothing_found(root, layout))
         subjects += found
         exclusions += left_out
     reject_namesakes(subjects)
@@ -349,15 +350,15 @@ def dataset_roots(dataset_dir: PathLike | Sequence[PathLike]) -> list[Path]:
     """
     given = [dataset_dir] if isinstance(dataset_dir, (str, os.PathLike)) else list(dataset_dir)
     if not given:
-        raise ValueError("dataset_dir is an empty list: give at least one folder.")
+        raise UserError("dataset_dir is an empty list: give at least one folder.")
     roots = [Path(_absolute(folder)) for folder in given]
     for root in roots:
         if not root.exists():
-            raise FileNotFoundError(
+            raise FileError(
                 f"dataset_dir {root} does not exist: give a folder of subject folders, or one subject's folder."
             )
         if not root.is_dir():
-            raise NotADirectoryError(
+            raise FileError(
                 f"dataset_dir {root} is a file: give the folder that holds it, {root.parent}, "
                 "or name the four modalities one by one."
             )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ..files import UserError
+
 MODALITIES = ("t1n", "t1c", "t2w", "flair")
 REGIONS = ("ET", "TC", "WT")
 PALETTES: dict[str, dict[str, int]] = {
@@ -27,11 +29,11 @@ def palette_values(palette: str) -> dict[str, int]:
         ValueError: the palette has no such name.
     """
     if palette not in PALETTES:
-        raise ValueError(f"unknown palette {palette!r}: choose one of {', '.join(PALETTES)}")
+        raise UserError(f"unknown palette {palette!r}: choose one of {', '.join(PALETTES)}")
     return PALETTES[palette]
 
 
-class SubjectError(ValueError):
+class SubjectError(UserError):
     """What is wrong with one subject, in which file, and what to do about it; `str()` is one line with all four."""
 
     def __init__(self, subject: str, file: str, reason: str, remedy: str) -> None:

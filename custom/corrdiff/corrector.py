@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
+from ..files import UserError
 from .denoiser import ConditionEncoder, Denoiser
 from .diffusion import LatentDiffusion, LatentScale
 from .vqvae import ResidualVQVAE, crop_like, pad_to_multiple
@@ -102,13 +103,11 @@ class CorrDiff(nn.Module):
         channels, regions = tokeniser.latent_channels, tokeniser.num_regions
         diffusion = LatentDiffusion(Denoiser(channels, guide_channels)) if diffusion is None else diffusion
         if diffusion.latent_channels != channels:
-            raise ValueError(
-                f"the denoiser takes {diffusion.latent_channels} latent channels, the tokeniser {channels}"
-            )
+            raise UserError(f"the denoiser takes {diffusion.latent_channels} latent channels, the tokeniser {channels}")
         if num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}: sample at least one residual")
+            raise UserError(f"num_samples is {num_samples}: sample at least one residual")
         if timesteps_per_subject < 1:
-            raise ValueError(f"timesteps_per_subject is {timesteps_per_subject}: train at least one")
+            raise UserError(f"timesteps_per_subject is {timesteps_per_subject}: train at least one")
         self.tokeniser = tokeniser
         self.diffusion = diffusion
         self.latent_scale = LatentScale(channels)
@@ -169,9 +168,9 @@ class CorrDiff(nn.Module):
             ValueError: no such stage, or "diffusion" with an untrained tokeniser.
         """
         if stage not in STAGES:
-            raise ValueError(f"no stage {stage!r}: choose one of {', '.join(STAGES)}")
+            raise UserError(f"no stage {stage!r}: choose one of {', '.join(STAGES)}")
         if stage == "diffusion" and not bool(self.tokeniser.codebook.initialised):
-            raise ValueError('the tokeniser is untrained: run stage "vq" before "diffusion", or train in stage "joint"')
+            raise UserError('the tokeniser is untrained: run stage "vq" before "diffusion", or train in stage "joint"')
         image, coarse, target = (convert_to_tensor(x, track_meta=False).float() for x in (image, coarse, target))
         residual = target - coarse.sigmoid()
         outputs, latent = self.tokenise(residual, learn=stage != "diffusion")

@@ -20,7 +20,7 @@ from monai.inferers import Inferer
 from monai.transforms import MapTransform, Transform
 from torch import nn
 
-from ..files import file_sha256, whole_file
+from ..files import UserError, file_sha256, whole_file
 from ..weights import CheckpointError, fold_checkpoint, load_network
 
 logger = logging.getLogger("comnet")
@@ -72,7 +72,7 @@ class CoarsePredictions:
         amp: bool = False,
     ) -> None:
         if source not in SOURCES:
-            raise ValueError(f"no source {source!r} of coarse predictions: choose one of {', '.join(SOURCES)}")
+            raise UserError(f"no source {source!r} of coarse predictions: choose one of {', '.join(SOURCES)}")
         self.items = list(items)
         self.network = network
         self.backbones_dir = backbones_dir
@@ -149,7 +149,7 @@ class CoarsePredictions:
         try:
             image = self.transform({"subject": item["subject"], "image": list(item["image"])})["image"]
         except Exception as error:
-            raise ValueError(f"subject {item['subject']} cannot be read for its coarse prediction: {error}") from error
+            raise UserError(f"subject {item['subject']} cannot be read for its coarse prediction: {error}") from error
         self.network.to(self.device).eval()
         autocast = torch.autocast(self.device.type, enabled=self.amp)
         with torch.no_grad(), autocast:
@@ -179,7 +179,7 @@ class LoadCoarsed(MapTransform):
         for key in self.key_iterator(subject):
             logits = torch.from_numpy(np.load(subject[key], allow_pickle=False)).float()
             if logits.shape[1:] != image.shape[1:]:
-                raise ValueError(
+                raise UserError(
                     f"{subject[key]} has shape {tuple(logits.shape)}, the image {tuple(image.shape)}: delete that file "
                     "to have the prediction made again"
                 )

@@ -10,6 +10,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
+from ..files import UserError
 from . import STAGES, CorrDiff, TrainingOutputs
 
 logger = logging.getLogger("comnet")
@@ -60,7 +61,7 @@ class StageSchedule:
 
     def _check(self, engine: Engine) -> None:
         if self.vq_epochs >= engine.state.max_epochs:
-            raise ValueError(
+            raise UserError(
                 f"vq_epochs is {self.vq_epochs} of max_epochs {engine.state.max_epochs}: leave epochs for the diffusion"
             )
 

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
+from ..files import FileError, UserError, write_text
 from .job import Job, Stage
 from .records import Records, missing_results
 from .workers import Outcome, make_workers
@@ -21,7 +21,7 @@ LOG_LINES = 8
 FULL_STORIES = 3
 
 
-class JobsFailed(RuntimeError):
+class JobsFailed(RuntimeError, UserError):
     """Some jobs of a stage failed; the message names them, their logs and the last lines of those."""
 
 
@@ -143,7 +143,7 @@ def _alone(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise BlockingIOError(f"another process is running the cross-validation in {run_dir}") from error
+            raise FileError(f"another process is running the cross-validation in {run_dir}") from error
         yield
 
 

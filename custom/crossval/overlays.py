@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle_run import bundle_root, config_files
-from ..files import write_text
+from ..files import FileError, UserError, write_text
 
 RUNS = (
     ("comnet_mednext", "train.json"),
@@ -80,7 +80,7 @@ def _is_own(name: str) -> bool:
     bundles = {bundle for bundle, *_ in RUNS}
     own = Path(name).name == name and any((bundle_root(bundle) / "configs" / name).is_file() for bundle in bundles)
     if not own and not Path(name).is_file():
-        raise FileNotFoundError(f"config {name}: no such file, nor has any bundle a config of that name")
+        raise FileError(f"config {name}: no such file, nor has any bundle a config of that name")
     return own
 
 
@@ -89,20 +89,20 @@ def _check(name: str, content: Mapping[str, Any]) -> None:
     for key in content:
         root = key_parts(key)[0]
         if root in OWN_KEYS:
-            raise ValueError(f"{name}: `comnet crossval` sets {root} itself{OWN_KEYS[root]}: take it out")
+            raise UserError(f"{name}: `comnet crossval` sets {root} itself{OWN_KEYS[root]}: take it out")
         if not any(root in base and _fits(key, base) for base in bases):
             close = get_close_matches(key, {known for base in bases for known in base}, n=3)
             advice = f"did you mean {' or '.join(close)}?" if close else "see the names at the top of train.json"
-            raise ValueError(f"{name}: no config knows {key!r}: {advice}")
+            raise UserError(f"{name}: no config knows {key!r}: {advice}")
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error})") from error
+        raise UserError(f"{path}: no JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not names with values")
+        raise UserError(f"{path} holds a {type(content).__name__}, not names with values")
     return content
 
 

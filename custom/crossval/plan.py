@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import UserError
 from ..report.records import MODELS
 from ..weights import fold_checkpoint
 from .job import Job, Stage
@@ -55,7 +56,7 @@ def choose_models(models: Iterable[str]) -> tuple[str, ...]:
     asked = set(models)
     unknown = sorted(asked - set(MODELS))
     if unknown or not asked:
-        raise ValueError(f"unknown model {', '.join(unknown) or '(none)'}: choose from {', '.join(MODELS)}")
+        raise UserError(f"unknown model {', '.join(unknown) or '(none)'}: choose from {', '.join(MODELS)}")
     return tuple(model for model in MODELS if model in asked or (model == "mednext" and "comnet" in asked))
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import FileError, UserError
+
 
 @dataclass(frozen=True)
 class Subjects:
@@ -53,9 +55,7 @@ def prepare_subjects(
 
     source, copy = Path(datalist_file), Path(run_dir) / "datalist.json"
     if not source.is_file():
-        raise FileNotFoundError(
-            f"{source} does not exist: give a datalist as `comnet validate` writes it, or a dataset folder"
-        )
+        raise FileError(f"{source} does not exist: give a datalist as `comnet validate` writes it, or a dataset folder")
     _refuse_others(source, copy)
     dataset = copy_datalist(source, copy, dataset_dir)
     datalist = load_datalist(copy, dataset)
@@ -66,7 +66,7 @@ def prepare_subjects(
 
 def _refuse_others(source: Path, copy: Path) -> None:
     if copy.is_file() and _items(copy) != _items(source):
-        raise ValueError(
+        raise UserError(
             f"{copy.parent} was made for other subjects or folds than those of {source}: name another --output_dir"
         )
 
@@ -75,17 +75,17 @@ def _items(datalist_file: Path) -> Any:
     try:
         return json.loads(datalist_file.read_text(encoding="utf-8"))["training"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{datalist_file} is no datalist: write it with `comnet validate`") from error
+        raise UserError(f"{datalist_file} is no datalist: write it with `comnet validate`") from error
 
 
 def _check_folds(folds: Mapping[str, int], written: int | None, asked: int | None, source: Path) -> int:
     count = written if written is not None else 1 + max(folds.values())
     if asked is not None and asked != count:
-        raise ValueError(f"{source} has {count} folds, not {asked}: make another one with `comnet validate`")
+        raise UserError(f"{source} has {count} folds, not {asked}: make another one with `comnet validate`")
     empty = sorted(set(range(count)) - set(folds.values()))
     if empty or count < 2:
         problem = f"fold {empty[0]} of {count} holds no subject" if empty else "one fold leaves nothing to train on"
-        raise ValueError(f"{source}: {problem}: make another one with `comnet validate --num_folds`")
+        raise UserError(f"{source}: {problem}: make another one with `comnet validate --num_folds`")
     return count
 
 

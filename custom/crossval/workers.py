@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..bundle_run import known_reason
+from ..files import UserError
 from .job import Job
 
 
@@ -140,7 +141,7 @@ def make_workers(jobs: int | None = None) -> list[ThisProcess] | list[WorkerProc
         ValueError: ``jobs`` is no positive whole number.
     """
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
-        raise ValueError(f"jobs is {jobs!r}: give a whole number of at least 1")
+        raise UserError(f"jobs is {jobs!r}: give a whole number of at least 1")
     gpus = visible_gpus()
     count = jobs or len(gpus) or 1
     if count == 1 and not gpus:

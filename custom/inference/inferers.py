@@ -16,6 +16,8 @@ from monai.engines import SupervisedEvaluator
 from monai.inferers import Inferer, sliding_window_inference
 from monai.utils import BlendMode, convert_to_dst_type
 
+from ..files import UserError
+
 logger = logging.getLogger("comnet")
 
 SUBJECT_KEY = "subject"
@@ -94,7 +96,7 @@ class FewWindowsInferer(WholeVolumeInferer):
             if math.prod(window) <= limit:
                 plans.append((math.prod(window) * math.prod(counts), math.prod(counts), window, counts))
         if not plans:
-            raise ValueError(f"patch_size {self.patch_size} has fewer voxels than the smallest window: enlarge it")
+            raise UserError(f"patch_size {self.patch_size} has fewer voxels than the smallest window: enlarge it")
         return min(plans)[2:]
 
     def _window(self, length: int, count: int) -> int:

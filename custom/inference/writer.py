@@ -16,7 +16,7 @@ from monai.data import ImageWriter, NibabelWriter
 from monai.utils import convert_to_numpy, ensure_tuple, get_equivalent_dtype
 
 from .. import __version__
-from ..files import whole_file
+from ..files import FileError, UserError, whole_file
 
 SPATIAL_FIELDS = (
     *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
@@ -73,7 +73,7 @@ class NativeGridWriter(NibabelWriter):
         Raises:
             ValueError: the array is not on the grid of the source file, a label does not fit uint8, or the ending is
                 another one.
-            OSError: the file cannot be written. Neither it nor a part of it is left behind.
+            FileError: the file cannot be written. Neither it nor a part of it is left behind.
         """
         ImageWriter.write(self, filename, verbose=verbose)
         array = _cast(convert_to_numpy(self.data_obj), np.dtype(self.output_dtype))
@@ -97,16 +97,18 @@ def write_whole(image: nib.Nifti1Image, path: Path) -> None:
 
     Raises:
         ValueError: `path` ends in neither .nii nor .nii.gz.
-        OSError: it cannot be written; nothing is left behind, and a file already there stays as it was.
+        FileError: it cannot be written; nothing is left behind, and a file already there stays as it was.
     """
     if not path.name.lower().endswith((".nii.gz", ".nii")):
-        raise ValueError(f"{path}: only NIfTI is written; use a name that ends in .nii.gz or .nii")
+        raise UserError(f"{path}: only NIfTI is written; use a name that ends in .nii.gz or .nii")
     try:
         with whole_file(path) as partial:
             nib.save(image, partial)
     except OSError as error:
         remedy = "choose a folder that is writable and has space"
-        raise OSError(error.errno or errno.EIO, f"cannot write {path} ({error.strerror or error}): {remedy}") from error
+        raise FileError(
+            error.errno or errno.EIO, f"cannot write {path} ({error.strerror or error}): {remedy}"
+        ) from error
 
 
 def _source(meta: Mapping | None) -> Path | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..files import UserError
 from .network import MedNeXt
 
 if TYPE_CHECKING:
@@ -58,14 +59,14 @@ class Runtime:
     ) -> None:
         for value, known, option in ((runtime, RUNTIMES, "runtime"), (precision, PRECISIONS, "precision")):
             if value not in known:
-                raise ValueError(f"no {option} {value!r}: choose one of {', '.join(known)}")
+                raise UserError(f"no {option} {value!r}: choose one of {', '.join(known)}")
         self.required = runtime == "openvino"
         self.network, self.label = network, "torch"
         if runtime != "torch" and self._fits(network) and self._is_possible(torch.device(device)):
             from .openvino import Program, has_bf16
 
             if precision == "bf16" and not has_bf16():
-                raise ValueError("this processor has no bfloat16 arithmetic: use --precision fp32")
+                raise UserError("this processor has no bfloat16 arithmetic: use --precision fp32")
             cache_dir = user_cache() if cache_dir is True else cache_dir or None
             program = Program(precision, cache_dir, fixed=len(mednexts(network)) == 1)
             self.network, self.label = self._replaced(network, program), f"openvino {precision}"
@@ -73,7 +74,7 @@ class Runtime:
     def _fits(self, network: nn.Module) -> bool:
         backbones = mednexts(network)
         if self.required and not backbones:
-            raise ValueError(
+            raise UserError(
                 f"runtime openvino executes MedNeXt, and {type(network).__name__} has none: use --runtime torch"
             )
         sizes = [sum(parameter.numel() for parameter in backbone.parameters()) for backbone in backbones]
@@ -82,7 +83,7 @@ class Runtime:
     def _is_possible(self, device: torch.device) -> bool:
         if device.type != "cpu":
             if self.required:
-                raise ValueError(f"runtime openvino runs on the CPU, not on {device}: use --device cpu")
+                raise UserError(f"runtime openvino runs on the CPU, not on {device}: use --device cpu")
             return False
         try:
             if importlib.util.find_spec("openvino") is None:
@@ -90,7 +91,7 @@ class Runtime:
         except (ImportError, AttributeError, OSError) as error:
             reason = f"openvino cannot be used: {error}"
             if self.required:
-                raise ValueError(f"{reason}: {INSTALL}, or use --runtime torch") from error
+                raise UserError(f"{reason}: {INSTALL}, or use --runtime torch") from error
             logger.info("%s, PyTorch runs the networks; %s is faster on a CPU", reason, INSTALL)
             return False
         return True

@@ -12,7 +12,7 @@ from nibabel import orientations
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from ..files import whole_file
+from ..files import UserError, whole_file
 from .simulate import simulate
 
 SHAPE = (120, 120, 80)
@@ -108,7 +108,7 @@ def write_cohort(
         ValueError: a share is outside [0, 1].
     """
     if not (0 <= share_without_et <= 1 and 0 <= share_manual <= 1):
-        raise ValueError(f"shares must lie in [0, 1], got {share_without_et} without ET and {share_manual} manual")
+        raise UserError(f"shares must lie in [0, 1], got {share_without_et} without ET and {share_manual} manual")
     numbers: Sequence[int] = range(first_id, first_id + num_subjects)
     if progress:
         from tqdm import tqdm
@@ -140,7 +140,7 @@ def _axes_from_ras(orientation: str) -> np.ndarray:
             raise ValueError
         return orientations.ornt_transform(orientations.axcodes2ornt("RAS"), target)
     except ValueError:
-        raise ValueError(f"orientation must be three axis codes such as 'LPS' or 'PIR', got {orientation!r}") from None
+        raise UserError(f"orientation must be three axis codes such as 'LPS' or 'PIR', got {orientation!r}") from None
 
 
 def _centred_affine(

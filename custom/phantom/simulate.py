@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
+from ..files import UserError
 from .anatomy import BRAIN_BOX_MM, Brain, Glioma, Lesion, SmoothField, Tissues
 
 
@@ -52,11 +53,9 @@ def simulate(
 
 def _checked(shape: Sequence[int], spacing: Sequence[float]) -> tuple[tuple[int, ...], np.ndarray]:
     if len(shape) != 3 or len(spacing) != 3 or min(shape) < 1 or min(spacing) <= 0:
-        raise ValueError(f"shape and spacing must each be three positive numbers, got {shape} and {spacing}")
+        raise UserError(f"shape and spacing must each be three positive numbers, got {shape} and {spacing}")
     if (extent := np.asarray(shape) * spacing).min() / max(spacing) < 12:
-        raise ValueError(
-            f"a field of view of {extent} mm is too small for voxels of {max(spacing)} mm: use more voxels"
-        )
+        raise UserError(f"a field of view of {extent} mm is too small for voxels of {max(spacing)} mm: use more voxels")
     return tuple(int(n) for n in shape), np.asarray(spacing, np.float64)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import UserError
+
 MODELS = {"segresnet": "SegResNet", "mednext": "MedNeXt", "comnet": "CoMNeT"}
 
 
@@ -74,7 +76,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> Run:
         if "scores" in record
     ]
     if not scores:
-        raise ValueError(
+        raise UserError(
             f"{folder}: no scores in {', '.join(f'{key}/scores/*/record.json' for key in MODELS)}: score the models "
             "with `comnet crossval`, or name the folder of a cross-validation"
         )
@@ -121,7 +123,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): delete it and run `comnet crossval` again") from error
+        raise UserError(f"{path} cannot be read ({error}): delete it and run `comnet crossval` again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object: delete it and run `comnet crossval` again")
+        raise UserError(f"{path} holds no JSON object: delete it and run `comnet crossval` again")
     return content

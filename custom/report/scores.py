@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..cohort import REGIONS
+from ..files import UserError
 from .cases import ORDER_RULE, counted_dice, mean_dice, what_went_wrong, worst_first
 from .charts import dice_bars, fold_strip, has_several_folds
 from .page import (
@@ -53,7 +54,7 @@ def write_scores_report(
         ValueError: there are no scores.
     """
     if not scores:
-        raise ValueError(f"no scores to report in {path}: score at least one subject")
+        raise UserError(f"no scores to report in {path}: score at least one subject")
     folds = {str(score["fold"]) for score in scores}
     subjects = {str(score["subject"]) for score in scores}
     ranking = worst_first(scores)

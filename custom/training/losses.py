@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ..files import UserError
+
 
 def dsc_plus_plus(probabilities: torch.Tensor, target: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
     """Soft overlap with squared denominator (paper eq. 5).
@@ -57,7 +59,7 @@ class DscPlusPlusBCELoss(nn.Module):
             ValueError: the shapes differ.
         """
         if logits.shape != target.shape:
-            raise ValueError(
+            raise UserError(
                 f"logits {tuple(logits.shape)} and target {tuple(target.shape)} differ in shape: "
                 "convert the label map to one mask per region first"
             )
@@ -97,7 +99,7 @@ class DeepSupervisionLoss(monai.losses.DeepSupervisionLoss):
         """
         outputs = [input] if isinstance(input, torch.Tensor) else list(input)
         if not outputs or outputs[0].shape[2:] != target.shape[2:]:
-            raise ValueError(
+            raise UserError(
                 f"outputs of spatial shapes {[tuple(output.shape[2:]) for output in outputs]} do not start at the "
                 f"target's {tuple(target.shape[2:])}: give them from full resolution downwards"
             )

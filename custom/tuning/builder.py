@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..cohort import REGIONS
 from ..comnet import CoMNeT, gather
-from ..files import file_sha256, write_text
+from ..files import UserError, file_sha256, write_text
 from ..inference.inferers import describe
 from ..weights import CheckpointError, Provenance, fold_checkpoint, load_part, read_checkpoint, save_atomically
 from .choice import DEFAULT_THRESHOLD, DEFAULT_VOLUME_MM3, Choice, Grid, choose
@@ -86,9 +86,9 @@ class EnsembleBuilder:
         train_handlers: Sequence[Any] = (),
     ) -> None:
         if correctors_dir and network.corrector is None:
-            raise ValueError(f"correctors_dir is {correctors_dir}, but the network has no corrector to load them into")
+            raise UserError(f"correctors_dir is {correctors_dir}, but the network has no corrector to load them into")
         if max_epochs != 1:
-            raise ValueError(f"max_epochs is {max_epochs}: an ensemble is gathered and tuned in one pass")
+            raise UserError(f"max_epochs is {max_epochs}: an ensemble is gathered and tuned in one pass")
         self.network = network
         self.dataset = dataset
         self.postprocessing = postprocessing
@@ -296,7 +296,7 @@ class OutOfFoldDice:
         from tqdm import tqdm
 
         if not self.folds:
-            raise ValueError("there is no subject to tune on: give the datalist that the folds were trained with")
+            raise UserError("there is no subject to tune on: give the datalist that the folds were trained with")
         order = np.argsort(self.folds, kind="stable")
         scores = {
             number: self._cached(int(number))
@@ -340,7 +340,7 @@ class OutOfFoldDice:
         try:
             subject = self.dataset[number]
         except Exception as error:
-            raise ValueError(f"subject {item['subject']} cannot be read for tuning: {describe(error)}") from error
+            raise UserError(f"subject {item['subject']} cannot be read for tuning: {describe(error)}") from error
         coarse = convert_to_tensor(subject["coarse"], track_meta=False)
         refined = coarse if self.correctors_dir is None else self._refine(item, subject["image"], coarse)
         scores = [self._score(subject, coarse)]
@@ -366,7 +366,7 @@ class OutOfFoldDice:
 
     def _score(self, subject: Item, logits: Tensor) -> np.ndarray:
         if not torch.isfinite(logits).all():
-            raise ValueError(f"subject {subject['subject']}: a network returned NaN or infinite logits: train it again")
+            raise UserError(f"subject {subject['subject']}: a network returned NaN or infinite logits: train it again")
         probabilities = self.postprocessing({**subject, "pred": logits.clone()})["pred"]
         voxel_mm3 = abs(float(np.linalg.det(np.asarray(probabilities.affine)[:3, :3])))
         truth = np.asarray(convert_to_tensor(subject["label"], track_meta=False).cpu()) > 0

@@ -12,6 +12,7 @@ from monai.transforms.utils import generate_spatial_bounding_box
 from scipy import ndimage
 
 from ..cohort import REGIONS
+from ..files import UserError
 from ..inference import fill_holes
 from ..metrics import paired_differences
 from ..weights import DEFAULT_SETTINGS
@@ -39,17 +40,17 @@ class Grid:
 
     def __post_init__(self) -> None:
         if not all(0 < threshold < 1 for threshold in self.thresholds) or min(self.volumes_mm3, default=-1) < 0:
-            raise ValueError(
+            raise UserError(
                 f"cannot try thresholds {list(self.thresholds)} with smallest components of {list(self.volumes_mm3)} "
                 "mm³: give thresholds between 0 and 1, and volumes from 0 on"
             )
         if DEFAULT_THRESHOLD not in self.thresholds or DEFAULT_VOLUME_MM3 not in self.volumes_mm3:
-            raise ValueError(
+            raise UserError(
                 f"the defaults, threshold {DEFAULT_THRESHOLD} and {DEFAULT_VOLUME_MM3:g} mm³, must be among the "
                 "settings to try: everything is judged against them"
             )
         if len(self.fill_holes) != len(REGIONS):
-            raise ValueError(f"fill_holes is {list(self.fill_holes)}: one answer each for {', '.join(REGIONS)}")
+            raise UserError(f"fill_holes is {list(self.fill_holes)}: one answer each for {', '.join(REGIONS)}")
 
     @classmethod
     def of(cls, thresholds: Sequence[float], volumes_mm3: Sequence[float], holes: Sequence[bool]) -> Grid:

@@ -12,17 +12,18 @@ import pytest
 from cohort_to_spoil import BAD, GOOD
 
 from custom.cohort import Cohort, build_datalist, find_subjects, load_datalist
+from custom.files import UserError
 
 
 class TestDatasetFolder:
     @pytest.mark.parametrize("use", [find_subjects, build_datalist, lambda folder: Cohort(folder).inputs()])
     def test_it_does_not_exist(self, tmp_path: Path, use: Callable) -> None:
-        with pytest.raises(FileNotFoundError, match=r"nowhere does not exist: give a folder"):
+        with pytest.raises(UserError, match=r"nowhere does not exist: give a folder"):
             use(tmp_path / "nowhere")
 
     @pytest.mark.parametrize("use", [find_subjects, build_datalist, lambda folder: Cohort(folder).inputs()])
     def test_it_is_a_file(self, dataset: Path, use: Callable) -> None:
-        with pytest.raises(NotADirectoryError, match=r"T1.nii.gz is a file: give the folder that holds it, .*B2"):
+        with pytest.raises(UserError, match=r"T1.nii.gz is a file: give the folder that holds it, .*B2"):
             use(dataset / BAD / "T1.nii.gz")
 
     @pytest.mark.parametrize("use", [find_subjects, build_datalist, lambda folder: Cohort(folder).inputs()])
@@ -73,7 +74,7 @@ class TestCohortFiles:
     def test_files_gone_since_the_datalist_was_written(self, dataset: Path, tmp_path: Path) -> None:
         Cohort(dataset, tmp_path / "d.json").subjects()
         (dataset / BAD / "T2.nii.gz").unlink()
-        with pytest.raises(FileNotFoundError, match=r"1 of 15 files do not exist, first .*B2.T2.nii.gz"):
+        with pytest.raises(UserError, match=r"1 of 15 files do not exist, first .*B2.T2.nii.gz"):
             Cohort(dataset, tmp_path / "d.json").subjects()
 
     def test_another_number_of_folds(self, dataset: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from custom.crossval.job import Job, Stage
 from custom.crossval.overlays import Overlays
 from custom.crossval.plan import choose_models, make_plan
 from custom.crossval.subjects import Subjects
+from custom.files import UserError
 
 STAGES = [
     "train_backbones",
@@ -180,5 +181,5 @@ class TestOverlays:
         assert len(make_plan(tmp_path, subjects, ["segresnet"], [str(mine)])) == 3
 
     def test_a_file_that_is_nowhere_is_refused(self, subjects, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"tiny\.json: no such file, nor has any bundle"):
+        with pytest.raises(UserError, match=r"tiny\.json: no such file, nor has any bundle"):
             make_plan(tmp_path, subjects, ["mednext"], ["tiny.json"])

@@ -14,6 +14,7 @@ import pytest
 from custom.crossval.execute import JobsFailed, execute, log_file
 from custom.crossval.job import Job, Stage
 from custom.crossval.records import Records
+from custom.files import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -33,7 +34,7 @@ class Fake(Job):
             path.write_text(self.name + "".join(read.read_text() for read in self.reads))
         (self.run_dir / "ran.txt").open("a").write(f"{self.name} ")
         if self.behaviour == "fails":
-            raise ValueError("the subject ate it")
+            raise UserError("the subject ate it")
         if self.behaviour.isdigit():
             raise SystemExit(int(self.behaviour))
 
@@ -181,7 +182,7 @@ with _alone(Path({str(tmp_path)!r})):
 """
         with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=REPOSITORY) as other:
             other.stdout.readline()
-            with pytest.raises(BlockingIOError, match="another process is running"):
+            with pytest.raises(UserError, match="another process is running"):
                 chain.run()
             other.kill()
         assert chain.run() == "a b c"

@@ -12,6 +12,7 @@ import pytest
 from custom.cohort import build_datalist, load_datalist, write_datalist
 from custom.cohort.datalist import dataset_of
 from custom.crossval.subjects import prepare_subjects
+from custom.files import UserError
 from custom.phantom import write_cohort
 
 
@@ -71,7 +72,7 @@ class TestSubjects:
         assert prepare_subjects(tmp_path / "old.json", tmp_path / "run", dataset).dataset_dir == dataset
 
     def test_what_cannot_be_cross_validated_is_refused(self, dataset, datalist, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"none\.json does not exist: give a datalist"):
+        with pytest.raises(UserError, match=r"none\.json does not exist: give a datalist"):
             prepare_subjects(tmp_path / "none.json", tmp_path / "run")
         with pytest.raises(ValueError, match="has 2 folds, not 3"):
             prepare_subjects(datalist, tmp_path / "run", num_folds=3)

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from custom.bundle_run import bundle_command, bundle_root, known_reason, run_bundle
+from custom.bundle_run import bundle_command, bundle_root, known_reason, log_fault, run_bundle
+from custom.cohort import SubjectError
+from custom.cohort.four_channel import StackingError
+from custom.crossval.execute import JobsFailed
+from custom.files import FileError, UserError
+from custom.release import PackingError, VersionError
+from custom.weights import CheckpointError
 
 
 def test_a_command_says_the_same_to_a_shell(monkeypatch, tmp_path):
@@ -47,12 +53,34 @@ def test_an_option_that_no_config_knows_is_refused():
 
 
 def test_a_bundle_that_is_not_there_is_named():
-    with pytest.raises(FileNotFoundError, match="comnet_unheard_of is not installed"):
+    with pytest.raises(UserError, match="comnet_unheard_of is not installed"):
         bundle_root("comnet_unheard_of")
 
 
 def test_the_users_mistake_is_found_in_a_chain_of_errors():
     chain = RuntimeError("wrapped")
-    chain.__cause__ = FileNotFoundError("nowhere")
+    chain.__cause__ = FileError(2, "nowhere")
     assert known_reason(chain) == "nowhere"
-    assert known_reason(TypeError("ours")) is None
+
+
+@pytest.mark.parametrize("fault", [TypeError("ours"), ValueError("ours"), FileNotFoundError(2, "ours")])
+def test_what_is_not_meant_for_users_keeps_its_traceback(fault, tmp_path):
+    try:
+        raise fault
+    except Exception as error:
+        assert known_reason(error) is None
+        told = log_fault(error, tmp_path / "out")
+    story = (tmp_path / "out" / "comnet-error.log").read_text()
+    assert "Traceback" in story and __file__ in story
+    assert "ours" in told and told.splitlines()[-1].endswith(str(tmp_path / "out" / "comnet-error.log"))
+
+
+def test_a_bug_while_a_users_mistake_is_handled_is_a_bug():
+    bug = KeyError("ours")
+    bug.__context__ = UserError("theirs")
+    assert known_reason(bug) is None
+
+
+def test_every_error_of_ours_is_meant_for_users():
+    for error in (SubjectError, StackingError, CheckpointError, PackingError, VersionError, JobsFailed):
+        assert issubclass(error, UserError), error
