@@ -14,7 +14,7 @@ from typing import Any
 from .. import __version__
 from ..files import FileError, UserError, write_table, write_text
 from .checks import check_subjects, log_outcome
-from .layouts import DatasetDir, PathLike, base_folder, find_subjects
+from .layouts import DatasetDir, PathLike, base_folder, dataset_roots, find_subjects
 from .subject import MODALITIES, PALETTES, REGIONS, Exclusion, Subject
 
 ITEM_KEYS = ("subject", "image", "label", "palette", "label_source", "has_et", "fold")
@@ -59,7 +59,8 @@ def build_datalist(
     kept, faulty = check_subjects(subjects, num_workers, progress, require_label=True, **options)
     exclusions = sorted([*nameless, *faulty], key=lambda exclusion: (exclusion.subject, exclusion.file))
     log_outcome(kept, exclusions, str(base), " in the exclusion report")
-    items = _items(kept, base, num_folds, seed)
+    roots = dataset_roots(dataset_dir)
+    items = _items(kept, base, roots if len(roots) > 1 else [], num_folds, seed)
     datalist = {
         "name": "comnet",
         "comnet_version": __version__,
@@ -177,7 +178,10 @@ def _with_dataset(datalist: dict[str, Any], path: Path, dataset: Path) -> dict[s
     return datalist | {"dataset_dir": _relative(str(dataset.resolve()), path.resolve().parent)}
 
 
-def _items(kept: list[tuple[Subject, dict[str, Any]]], base: Path, num_folds: int, seed: int) -> list[dict[str, Any]]:
+def _items(
+    kept: list[tuple[Subject, dict[str, Any]]], base: Path, roots: list[Path], num_folds: int, seed: int
+) -> list[dict[str, Any]]:
+    """Items of the datalist; of several dataset folders each is a source of its own, and folds hold some of each."""
     items = [
         {
             "subject": subject.name,
@@ -188,10 +192,15 @@ def _items(kept: list[tuple[Subject, dict[str, Any]]], base: Path, num_folds: in
             "label_source": subject.label_source,
             "has_et": facts["has_et"],
         }
+        | _source(subject, roots)
         for subject, facts in kept
     ]
     folds = assign_folds(items, num_folds, seed)
     return [item | {"fold": folds[item["subject"]]} for item in items]
+
+
+def _source(subject: Subject, roots: list[Path]) -> dict[str, str]:
+    return next(({"source": root.name} for root in roots if Path(subject.images[0]).is_relative_to(root)), {})
 
 
 def _counts(items: list[dict[str, Any]], exclusions: list[Exclusion], num_folds: int) -> dict[str, Any]:
@@ -249,7 +258,7 @@ def _check_items(datalist: dict[str, Any], file: str) -> None:
 
 
 def assign_folds(items: Iterable[Mapping[str, Any]], num_folds: int = 5, seed: int = 0) -> dict[str, int]:
-    """Deal subjects into folds, stratified by label source and by whether there is enhancing tumour.
+    """Deal subjects into folds, stratified by dataset, label source and whether there is enhancing tumour.
 
     Patients are shuffled within their stratum by a hash of seed and name, so neither the order of `items` nor the
     machine nor the version of any library matters. Each goes to the fold that has fewest of the stratum, then fewest
@@ -258,7 +267,7 @@ def assign_folds(items: Iterable[Mapping[str, Any]], num_folds: int = 5, seed: i
     sides of a split would leak.
 
     Args:
-        items: each with "subject", "label_source", "has_et" and perhaps "patient".
+        items: each with "subject", "label_source", "has_et" and perhaps "patient" and "source" (its dataset).
         num_folds: at least 1. More folds than patients leave folds empty.
         seed: another seed deals another hand.
 
@@ -282,15 +291,15 @@ def assign_folds(items: Iterable[Mapping[str, Any]], num_folds: int = 5, seed: i
     return dict(sorted(folds.items()))
 
 
-def _strata(items: Iterable[Mapping[str, Any]], seed: int) -> dict[tuple[str, bool], list[list[str]]]:
+def _strata(items: Iterable[Mapping[str, Any]], seed: int) -> dict[tuple[str, str, bool], list[list[str]]]:
     """Patients of each stratum, as lists of subjects, those with most scans first."""
     patients: dict[str, list[Mapping[str, Any]]] = {}
     for item in sorted(items, key=lambda item: item["subject"]):
         patients.setdefault(item.get("patient", item["subject"]), []).append(item)
-    strata: dict[tuple[str, bool], list[list[str]]] = {}
+    strata: dict[tuple[str, str, bool], list[list[str]]] = {}
     for patient in sorted(patients, key=lambda name: (-len(patients[name]), _shuffle_key(name, seed))):
         first = patients[patient][0]
-        stratum = strata.setdefault((str(first["label_source"]), bool(first["has_et"])), [])
+        stratum = strata.setdefault((str(first.get("source", "")), str(first["label_source"]), bool(first["has_et"])), [])
         stratum.append([item["subject"] for item in patients[patient]])
     return strata
 

@@ -201,6 +201,19 @@ def mednext_tiny(
     return MedNeXt(in_channels, out_channels, *shape, kernel_size, deep_supervision, grn, checkpointing)
 
 
+def mednext_light(
+    in_channels: int = 4,
+    out_channels: int = 3,
+    kernel_size: int = 3,
+    deep_supervision: bool = True,
+    grn: bool = True,
+    checkpointing: bool = False,
+) -> MedNeXt:
+    """For two CPU cores: as narrow as tiny, deeper and wider only where voxels are few. Arguments as in `MedNeXt`."""
+    shape = (8, (2, 2, 3, 4, 4, 4, 3, 2, 2), (1, 1, 2, 2, 2, 2, 2, 1, 1))
+    return MedNeXt(in_channels, out_channels, *shape, kernel_size, deep_supervision, grn, checkpointing)
+
+
 MIC_DKFZ_NAMES = {
     "stem": "stem",
     **{f"enc_block_{i}": f"enc_stages.{i}" for i in range(4)},

@@ -1,5 +1,6 @@
 """What MONAI lacks for training: losses of the paper, handlers, and going on exactly where training was stopped."""
 
+from .average import WeightAverage
 from .handlers import CheckpointSaver, EarlyStopHandler, EpochSeeder, GradientClipper, ProgressBar
 from .losses import DeepSupervisionLoss, DscPlusPlusBCELoss, dsc_plus_plus
 from .resume import Publisher, Resumer, subjects_digest
@@ -14,6 +15,7 @@ __all__ = [
     "ProgressBar",
     "Publisher",
     "Resumer",
+    "WeightAverage",
     "dsc_plus_plus",
     "subjects_digest",
 ]
