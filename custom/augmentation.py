@@ -163,7 +163,7 @@ class RandModalityContrastd(RandomizableTransform, MapTransform):
 
 
 def _gamma(values: torch.Tensor, gamma: float, flip: bool) -> torch.Tensor:
-    """Standardised values after a gamma curve over their range; `flip` bends its bright end rather than its dark one."""
+    """Standardised values after a gamma curve over their range; `flip` bends the bright end rather than the dark."""
     low, high = values.min(), values.max()
     share = (values - low) / (high - low).clamp_min(1e-6)
     curve = 1 - (1 - share) ** gamma if flip else share**gamma
