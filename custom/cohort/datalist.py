@@ -299,7 +299,9 @@ def _strata(items: Iterable[Mapping[str, Any]], seed: int) -> dict[tuple[str, st
     strata: dict[tuple[str, str, bool], list[list[str]]] = {}
     for patient in sorted(patients, key=lambda name: (-len(patients[name]), _shuffle_key(name, seed))):
         first = patients[patient][0]
-        stratum = strata.setdefault((str(first.get("source", "")), str(first["label_source"]), bool(first["has_et"])), [])
+        stratum = strata.setdefault(
+            (str(first.get("source", "")), str(first["label_source"]), bool(first["has_et"])), []
+        )
         stratum.append([item["subject"] for item in patients[patient]])
     return strata
 

@@ -101,6 +101,20 @@ def test_segresnet_baseline_trains_under_the_same_settings(phantoms, tmp_path):
     assert read_checkpoint(tmp_path / "segresnet_fold0" / "model.pt")[1]["backbone"] == "monai.networks.nets.SegResNet"
 
 
+def test_release_recipe_trains_resumes_and_saves_the_average_of_the_last_epoch(phantoms, tmp_path):
+    small = {"spacing": [5.0] * 3, "patch_size": [32, 32, 32], "crop_margin": 8, "pad_margin": 2}
+    settings = {"dataset_dir": str(phantoms), "models_dir": str(tmp_path), "num_folds": 3, "warmup_epochs": 1} | small
+    run("comnet_mednext", "train.json", "release.json", **settings, max_epochs=1)
+    last = torch.load(tmp_path / "fold0" / "last.pt", weights_only=True)
+    state, provenance = read_checkpoint(tmp_path / "fold0" / "model.pt")
+    assert provenance["backbone"] == "custom.mednext.mednext_light" and provenance["trained_on"]
+    assert all(torch.equal(state[key], last["average"][key]) for key in last["average"])
+    assert any(not torch.equal(state[key], last["model"][key]) for key in last["model"])
+    assert last["best"]["epoch"] == -1, "no validation: nothing is chosen by the fold left out"
+    run("comnet_mednext", "train.json", "release.json", **settings, max_epochs=2)
+    assert torch.load(tmp_path / "fold0" / "last.pt", weights_only=True)["progress"]["epoch"] == 2
+
+
 def test_two_processes_train_one_model(phantoms, tmp_path):
     words = command(tmp_path, phantoms, max_epochs=1)[1:]
     configs = [str(ROOT / "configs" / name) for name in ("train.json", "multi_gpu_train.json")]

@@ -46,7 +46,11 @@ def test_what_stays_is_untouched_and_the_share_is_as_asked():
 
 def test_the_input_is_left_as_it_was():
     source = image()
-    for transform in (RandDropModalitiesd("image", 1.0), RandBrainMaskd("image", 1.0, 1.0), RandModalityContrastd("image", 1.0)):
+    for transform in (
+        RandDropModalitiesd("image", 1.0),
+        RandBrainMaskd("image", 1.0, 1.0),
+        RandModalityContrastd("image", 1.0),
+    ):
         transform.set_random_state(0)
         assert not torch.equal(transform({"image": source})["image"], source)
         assert torch.equal(source, image())

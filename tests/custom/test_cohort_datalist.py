@@ -51,6 +51,15 @@ class TestFolds:
             counts = [sizes[fold] for fold in range(num_folds)]
             assert sum(counts) == len(subjects) and max(counts) - min(counts) <= 1
 
+    def test_folds_hold_some_of_each_dataset(self) -> None:
+        items = [item | {"source": "a" if n < 20 else "b"} for n, item in enumerate(make_items(30))]
+        folds = assign_folds(items, 5)
+        strata = {(item["source"], item["label_source"], item["has_et"]) for item in items}
+        for stratum in strata:
+            members = [i["subject"] for i in items if (i["source"], i["label_source"], i["has_et"]) == stratum]
+            sizes = Counter(folds[subject] for subject in members)
+            assert max(sizes.values()) - min(sizes[fold] for fold in range(5)) <= 1
+
     def test_order_of_listing_does_not_matter_but_the_seed_does(self) -> None:
         items = make_items()
         shuffled = random.Random(1).sample(items, len(items))

@@ -11,8 +11,16 @@ from monai.handlers import LrScheduleHandler
 from monai.transforms import RandGaussianNoised
 from torch import nn
 
-from custom.training import CheckpointSaver, EarlyStopHandler, EpochSeeder, GradientClipper, ProgressBar, Resumer
-from custom.weights import CheckpointError
+from custom.training import (
+    CheckpointSaver,
+    EarlyStopHandler,
+    EpochSeeder,
+    GradientClipper,
+    ProgressBar,
+    Resumer,
+    WeightAverage,
+)
+from custom.weights import CheckpointError, Provenance, read_checkpoint
 
 
 class Validator:
@@ -158,3 +166,23 @@ def test_progress_bar_covers_all_epochs(tmp_path, capsys):
     trainer.run()
     shown = capsys.readouterr().err
     assert "fold 0: 100%" in shown and "12/12" in shown and "epoch=3/3" in shown and "best=0.1" in shown
+
+
+def test_average_is_saved_after_each_epoch_with_its_provenance(tmp_path):
+    network = nn.Conv3d(1, 1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    path = tmp_path / "model.pt"
+    average = WeightAverage(network, 0.25, str(path), Provenance(fold=2))
+    steps = iter([1.0, 1.0, 3.0, 3.0])
+    engine = Engine(lambda engine, batch: nn.init.constant_(network.weight, next(steps)))
+    average.attach(engine)
+    engine.run([0, 0], max_epochs=1)
+    assert read_checkpoint(path)[0]["weight"].item() == pytest.approx(0.25 + 0.75 * 0.25)
+    assert network.weight.item() == 1.0
+    other = WeightAverage(nn.Conv3d(1, 1, 1, bias=False), 0.25, str(path), Provenance())
+    other.load_state_dict(average.state_dict())
+    assert other.state_dict()["weight"].item() == average.state_dict()["weight"].item()
+    engine.run([0, 0], max_epochs=2)
+    state, provenance = read_checkpoint(path)
+    assert provenance == {"fold": 2}
+    assert state["weight"].item() == pytest.approx(0.4375 * 0.75**2 + 3 * (1 - 0.75**2))
