@@ -156,6 +156,14 @@ def test_a_missing_backbone_is_named(phantoms, backbones, tmp_path):
         run("comnet_corrdiff", "train.json", **settings(phantoms, tmp_path, tmp_path))
 
 
+def test_release_recipe_takes_the_last_epoch(phantoms, backbones, tmp_path):
+    run("comnet_corrdiff", "train.json", "release.json", **settings(phantoms, backbones, tmp_path, max_epochs=2))
+    state, _ = read_checkpoint(tmp_path / "fold0" / "model.pt")
+    last = torch.load(tmp_path / "fold0" / "last.pt", weights_only=True)
+    assert last["best"]["epoch"] == last["progress"]["epoch"] == 2
+    assert all(torch.equal(state[f"corrector.{key}"], value) for key, value in last["model"].items())
+
+
 def test_two_processes_train_one_corrector(phantoms, backbones, tmp_path):
     words = command(**settings(phantoms, backbones, tmp_path, max_epochs=2))[1:]
     configs = [str(ROOT / "configs" / name) for name in ("train.json", "multi_gpu_train.json")]
