@@ -3,14 +3,14 @@
 What an empty region scores, in two conventions reported side by side. *Skip* leaves out (NaN) what is not defined;
 the columns ending in `_brats` follow the BraTS challenges and give every subject a number:
 
-| empty            | dice, nsd, lesion_dice | hd95 | dice_brats, nsd_brats, lesion_dice_brats | hd95_brats |
-| ---------------- | ---------------------- | ---- | ---------------------------------------- | ---------- |
-| both             | NaN                    | NaN  | 1                                        | 0 mm       |
-| reference only   | NaN                    | NaN  | 0                                        | 373.13 mm  |
-| prediction only  | 0                      | NaN  | 0                                        | 373.13 mm  |
+| empty            | dice, nsd, lesion_dice, lesion_nsd | hd95, lesion_hd95 | those in `_brats` | hd95_brats |
+| ---------------- | ---------------------------------- | ----------------- | ----------------- | ---------- |
+| both             | NaN                                | NaN               | 1                 | 0 mm       |
+| reference only   | NaN                                | NaN               | 0                 | 373.13 mm  |
+| prediction only  | 0                                  | NaN               | 0                 | 373.13 mm  |
 
-For `lesion_dice` a region without a lesion large enough to count is empty (`lesions`). The calibration error is defined
-for empty regions too, and NaN only where the brain is empty (`calibration`).
+`lesion_f1` is 0 where one of the two is empty and NaN where both are. The calibration error is defined for empty
+regions too, and NaN only where the brain is empty (`calibration`). Every `sd` is that of a sample (N − 1).
 """
 
 from __future__ import annotations

@@ -61,7 +61,6 @@ def score_subject(
     reference: NdarrayOrTensor,
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     tolerance_mm: float = 1.0,
-    min_lesion_mm3: float = 50.0,
 ) -> dict[str, float]:
     """Score one subject's regions.
 
@@ -70,7 +69,6 @@ def score_subject(
         reference: the same shape.
         spacing: size of a voxel along each axis, in mm.
         tolerance_mm: distance up to which two surfaces count as the same in the surface Dice.
-        min_lesion_mm3: volume below which the lesion-wise scores ignore a lesion.
 
     Returns:
         For each region, as `ET_dice` and so on:
@@ -78,9 +76,9 @@ def score_subject(
         `hd95` and `hd95_brats`, the larger of the two directed 95th percentiles of surface distances, in mm;
         `nsd` and `nsd_brats`, the surface Dice weighted by area (Nikolov et al. 2021, doi 10.2196/26151), in [0, 1];
         `volume_ml`, `reference_ml` and `volume_error_ml`, the first less the second;
-        `lesion_dice` and `lesion_dice_brats`, in [0, 1], and the counts `lesions` (of the reference), `lesions_found`
-        and `lesions_false`, see `lesion_scores`; NaN without panoptica.
-        And `mean_dice` (eq. 8) to `mean_lesion_dice_brats`, the means over the regions that have a score.
+        `lesion_dice`, `lesion_dice_brats`, `lesion_nsd`, `lesion_hd95`, `lesion_f1`, and the counts `lesions` (of the
+        reference), `lesions_found` and `lesions_false`, see `lesion_scores`; NaN without panoptica.
+        And `mean_dice` (eq. 8) to `mean_lesion_f1`, the means over the regions that have a score.
 
     Raises:
         ValueError: the shapes differ or are no `[3, X, Y, Z]`, a mask is not binary, or the spacing is not three
@@ -96,7 +94,7 @@ def score_subject(
     row: dict[str, float] = {}
     for region, ours, theirs in zip(REGIONS, predicted, expected, strict=True):
         scores = overlap_scores(ours, theirs) | surface_scores(ours, theirs, size, tolerance_mm)
-        scores |= volumes(ours, theirs, size) | lesion_scores(ours, theirs, size, min_lesion_mm3)
+        scores |= volumes(ours, theirs, size) | lesion_scores(ours, theirs, size)
         row |= {f"{region}_{name}": value for name, value in scores.items()}
     means = {name: mean_of_defined(row[f"{region}_{name}"] for region in REGIONS) for name in SCORES + LESION_SCORES}
     return row | {f"mean_{name}": value for name, value in means.items()}

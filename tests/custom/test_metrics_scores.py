@@ -144,7 +144,8 @@ def test_both_conventions_for_empty_masks(empty: str) -> None:
     prediction, reference = same(cube((2, 2, 2))), same(cube((2, 2, 2)))
     prediction[0] &= predicted
     reference[0] &= expected
-    scores = scores | {"lesion_dice": scores["dice"], "lesion_dice_brats": scores["dice_brats"]}
+    scores = scores | {f"lesion_{name}": scores[name] for name in ("dice", "dice_brats", "nsd", "hd95")}
+    scores["lesion_f1"] = scores["dice_brats"] if predicted or expected else NAN
     row = score_subject(prediction, reference)
     assert {name: row[f"ET_{name}"] for name in SCORES + LESION_SCORES} == pytest.approx(scores, nan_ok=True)
 
@@ -175,7 +176,7 @@ def test_volumes_are_millilitres_and_the_error_is_signed() -> None:
 
 def test_row_is_flat_and_made_of_floats_only() -> None:
     row = score_subject(blobs(0), blobs(50))
-    assert len(row) == 3 * (6 + 3 + 5) + 8
+    assert len(row) == 3 * (6 + 3 + 8) + 11
     assert all(type(value) is float for value in row.values())
 
 
