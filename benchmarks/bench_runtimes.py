@@ -26,7 +26,7 @@ from custom.cohort import REGIONS, Cohort
 from custom.inference import FewWindowsInferer
 from custom.mednext import mednext_base
 from custom.mednext.runtime import PRECISIONS, Runtime
-from custom.weights import load_network
+from custom.weights import Weights
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCH = (128, 160, 112)
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="Markdown report, such as docs/benchmarks.md; else printed only")
     arguments = parser.parse_args()
     network, inferer = mednext_base(4, 3).eval(), FewWindowsInferer(PATCH)
-    load_network(network, arguments.checkpoint)
+    Weights(arguments.checkpoint).load(network)
     config = ConfigParser()
     config.read_config(ROOT / "bundles/comnet_mednext/configs/inference.json")
     config.update({"bundle_root": str(ROOT), "path_setup": None})

@@ -23,7 +23,7 @@ from timing import environment, markdown_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from custom.weights import load_network
+from custom.weights import Weights
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "comnet_corrdiff"
 ERROR = 0.1
@@ -46,7 +46,7 @@ def figures(config: ConfigParser, part: str) -> tuple[int, list[float]]:
     cohort, coarse = config.get_parsed_content("cohort"), config.get_parsed_content("coarse")
     network = config.get_parsed_content("network").eval()
     fold = config["fold"]
-    load_network(network, config.get_parsed_content("ckpt_dir") + "/model.pt")
+    Weights(config.get_parsed_content("ckpt_dir") + "/model.pt").load(network)
     items = coarse.add(getattr(cohort, part)(fold))
     residuals, decoded, perplexities = [], [], []
     for item in Dataset(items, config.get_parsed_content("validate#preprocessing")):

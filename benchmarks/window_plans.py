@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from custom.cohort import REGIONS
 from custom.inference import FewWindowsInferer, WholeVolumeInferer
 from custom.mednext import mednext_tiny
-from custom.weights import fold_checkpoint, load_network
+from custom.weights import Weights, fold_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -95,7 +95,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {plan: [] for plan in plans}
     network = mednext_tiny(4, 3).eval()
     for item in json.loads((arguments.run / "datalist.json").read_text())["training"]:
-        load_network(network, fold_checkpoint(arguments.run / "mednext", item["fold"]))
+        Weights(fold_checkpoint(arguments.run / "mednext", item["fold"])).load(network)
         paths = {key: [str(arguments.data / path) for path in item[key]] if isinstance(item[key], list) else
                  str(arguments.data / item[key]) for key in ("image", "label")}  # fmt: skip
         subject = prepare({**item, **paths})

@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from .files import write_table, write_text
 from .metrics import calibration_columns, score_subject, summarise
 from .report import region_volumes, write_qc_picture, write_scores_report, write_segment_report, write_volumes_csv
 from .transforms import label_map_to_regions
-from .weights import CheckpointError, Weights, describe_weights
+from .weights import CheckpointError, Weights
 
 logger = logging.getLogger("comnet")
 
@@ -45,7 +44,7 @@ class Ledger:
     Args:
         output_dir: folder of all outputs; made if absent.
         settings: what the result depends on beside input and weights; ``output_palette`` must be among it.
-        weights: folder of an ensemble's weights, or one checkpoint.
+        weights: what segments; or its path: see :class:`custom.weights.Weights`.
         cohort: its ``exclusions`` are reported with the failures.
         pictures: whether to draw the QC pictures and the reports.
         model: name of the model in tables of scores.
@@ -56,7 +55,7 @@ class Ledger:
         self,
         output_dir: str,
         settings: Mapping[str, Any],
-        weights: str,
+        weights: Weights | str,
         cohort: Any = None,
         pictures: bool = True,
         model: str = "CoMNeT",
@@ -64,7 +63,7 @@ class Ledger:
     ) -> None:
         self.output_dir = Path(output_dir)
         self.settings = dict(settings)
-        self.weights_path = weights
+        self.weights = Weights.of(weights)
         self.cohort = cohort
         self.pictures = pictures
         self.model = model
@@ -74,11 +73,6 @@ class Ledger:
         self._started = time.perf_counter()
         self._pool = ThreadPoolExecutor(1, "pictures")
         self._drawing: Future[None] | None = None
-
-    @cached_property
-    def weights(self) -> Weights:
-        """What the weights are and what they were trained on."""
-        return describe_weights(self.weights_path)
 
     def open(self) -> Ledger:
         """Make sure of weights and output folder, before any subject is read; return the ledger.
@@ -120,7 +114,7 @@ class Ledger:
             logger.warning("%d subjects were trained on and are not scored", len(items) - len(unseen))
         if items and not unseen:
             raise CheckpointError(
-                f"the weights in {self.weights_path} were trained on every one of these {len(items)} subjects: score "
+                f"the weights in {self.weights.path} were trained on every one of these {len(items)} subjects: score "
                 "each by its own held-out fold, or give subjects that no fold has seen"
             )
         return unseen
@@ -155,7 +149,7 @@ class Ledger:
         if scores:
             self._write_scores(scores)
         if self.pictures:
-            settings = self.settings | {"weights": str(self.weights_path), "weights_note": self.weights.note}
+            settings = self.settings | {"weights": str(self.weights.path), "weights_note": self.weights.note}
             write_segment_report(self.output_dir / "report.html", rows, failures, self._pictures(), settings)
         done = sum(record["status"] == "done" for record in records if record["subject"] in self.items)
         logger.info("%d subjects segmented, %d failed or excluded; results in %s", done, len(failures), self.output_dir)

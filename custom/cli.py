@@ -8,10 +8,13 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .bundle_run import bundle_root, known_reason, log_fault, run_bundle
 from .files import UserError
+
+if TYPE_CHECKING:
+    from .weights import Weights
 
 
 def segment(
@@ -37,8 +40,8 @@ def segment(
     Args:
         inputs: subject folders, or dataset folders, or both.
         output_dir: folder for the results; a stopped run goes on from what is there.
-        weights: folder with model.pt (a whole CoMNeT) or fold<k>/model.pt (backbones only); by default what
-            `comnet demo` has left.
+        weights: folder with model.pt (a whole CoMNeT) or fold<k>/model.pt (backbones only); by default the
+            released ones.
         t1n: one subject instead of folders: its T1 before contrast.
         t1c: its T1 after contrast.
         t2w: its T2.
@@ -54,8 +57,10 @@ def segment(
         overrides: any other value of the bundle's inference.json, by name.
     """
     dataset = _dataset(inputs, {"t1n": t1n, "t1c": t1c, "t2w": t2w, "flair": flair})
-    weights = str(weights or bundle_root("comnet_ensemble") / "models")
-    settings = ensemble_settings(weights)
+    from .weights import Weights
+
+    found = Weights(weights or bundle_root("comnet_ensemble") / "models")  # kept, so that each file is read once
+    settings = ensemble_settings(found)
     if device:
         _check_device(device)
         settings["device"] = f"$torch.device('{device}')"
@@ -66,7 +71,7 @@ def segment(
         "inference.json",
         dataset_dir=dataset,
         output_dir=output_dir,
-        weights_dir=weights,
+        weights_dir=str(found.path),
         runtime=runtime,
         write_probabilities=probabilities,
         write_uncertainty=uncertainty,
@@ -75,24 +80,16 @@ def segment(
     )
 
 
-def ensemble_settings(weights: str) -> dict[str, Any]:
-    """Read from the checkpoints which backbone, corrector, spacing and patch size they were made with.
+def ensemble_settings(weights: Weights) -> dict[str, Any]:
+    """Return which backbone, corrector, spacing and patch size the weights were made with.
 
     Raises:
-        CheckpointError: there are no weights, or they cannot be read.
-        ValueError: they name a backbone or corrector that is none of CoMNeT's or MONAI's.
+        CheckpointError: there are none, they cannot be read, or they name a network that is none of CoMNeT's.
     """
-    from .weights import describe_weights, untrusted_parts
-
-    described = describe_weights(weights)
-    names = ("backbone", "corrector", "spacing", "patch_size", "num_folds", "refine_each_fold")
-    settings = {name: described.facts[name] for name in names if described.facts.get(name) is not None}
-    if foreign := untrusted_parts(settings):
-        part = foreign[0]
-        raise UserError(f"the weights name the {part} {settings[part]!r}, which is none of CoMNeT's: not used")
+    settings = weights.settings
     if "corrector" not in settings:  # MONAI drops an override of None
         settings |= {"corrector": "$None", "network_def#corrector": "$None", "ledger#model": "MedNeXt ensemble"}
-    print(f"weights: {described.note}", file=sys.stderr)
+    print(f"weights: {weights.note}", file=sys.stderr)
     return settings
 
 
@@ -338,9 +335,12 @@ def demo(output_dir: str = "runs/demo", seed: int = 0, num_subjects: int = 10, n
     stages = make_plan(run, subjects, overlays=["demo.json"], seed=seed, notes=PHANTOM_NOTE)
     execute([*stages, _score_steps(run)], run, jobs=min(2, os.cpu_count() or 1))
     _report_steps(run)
-    _publish(run / "ensemble" / "model.pt", bundle_root("comnet_ensemble") / "models" / "model.pt")
+    segment(str(run / "held_out"), output_dir=str(run / "segmented"), weights=str(run / "ensemble"))
     tell_results(run)
     print(f"and at {run / 'steps' / 'scores.html'}: from one backbone to the whole, on subjects that no fold has seen")
+    print(
+        f"and at {run / 'segmented' / 'report.html'}: what `comnet segment --weights {run / 'ensemble'}` makes of them"
+    )
 
 
 def _write_once(write: Any, folder: Path, count: int, **options: Any) -> None:
@@ -385,18 +385,6 @@ def _report_steps(run: Path) -> None:
     page = run / "steps" / "scores.html"
     title = "CoMNeT: from one backbone to the whole"
     write_scores_report(page, scores, pictures, title, "Held-out phantoms", PHANTOM_NOTE)
-
-
-def _publish(weights: Path, target: Path) -> None:
-    """Make the demo's weights the default of `comnet segment`, unless other weights are there already."""
-    from .files import copy_file
-    from .weights import describe_weights
-
-    there = target.is_file() or any(target.parent.glob("fold*/model.pt"))
-    if there and describe_weights(target.parent).note != PHANTOM_NOTE:
-        print(f"{target.parent} holds other weights: left as they are", file=sys.stderr)
-        return
-    copy_file(weights, target)
 
 
 SPIN_COUNT = "1000"

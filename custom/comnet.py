@@ -3,19 +3,15 @@
 Annotations stay evaluated here: TorchScript cannot resolve postponed ones in a `NamedTuple`.
 """
 
-import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .cohort import REGIONS
 from .files import UserError
-from .weights import NUM_FOLDS, NetworkLoader, load_network, load_part, weight_files
-
-logger = logging.getLogger("comnet")
+from .weights import NUM_FOLDS
 
 PROBABILITY_MARGIN = 1e-6
 
@@ -125,61 +121,3 @@ class CoMNeT(nn.Module):
         keep = torch.tensor(self.refine_regions, device=coarse.device).view(1, -1, 1, 1, 1)
         logits = torch.where(keep, result.logits, coarse)
         return Segmentation(logits, torch.where(keep, result.spread, torch.zeros_like(coarse)))
-
-
-def load_ensemble(network: CoMNeT, weights_dir: str | Path) -> list[dict[str, Any]]:
-    """Load an ensemble's weights strictly.
-
-    Args:
-        network: an ensemble as configured.
-        weights_dir: see :func:`custom.weights.weight_files`. Five fold checkpoints hold no corrector: an untrained one
-            then leaves the ensemble's probabilities as they are.
-
-    Returns:
-        The provenance of each file that was loaded.
-
-    Raises:
-        CheckpointError: a file is missing, unreadable or made for another network.
-    """
-    files = weight_files(weights_dir, len(network.backbones))
-    if len(files) == 1 and files[0].parent == Path(weights_dir):
-        return [load_network(network, files[0])]
-    if network.corrector is not None:
-        logger.info("%s holds fold checkpoints only: nothing refines their averaged probabilities", weights_dir)
-    return [load_network(backbone, path) for backbone, path in zip(network.backbones, files, strict=True)]
-
-
-def gather(network: CoMNeT, backbones: Sequence[str | Path], corrector: str | Path | None) -> list[dict[str, Any]]:
-    """Load a whole ensemble from the checkpoints of its parts.
-
-    Args:
-        network: the ensemble to fill.
-        backbones: one checkpoint for each of its backbones.
-        corrector: checkpoint of a fold network of ``comnet_corrdiff``, of which the corrector is taken.
-
-    Returns:
-        The provenance of each file.
-
-    Raises:
-        CheckpointError: a file is missing, unreadable or made for another network.
-    """
-    facts = [load_network(backbone, path) for backbone, path in zip(network.backbones, backbones, strict=True)]
-    if corrector is not None:
-        facts.append(load_part(network.corrector, corrector, "corrector."))
-    return facts
-
-
-class EnsembleLoader(NetworkLoader):
-    """Ignite handler that loads an ensemble's weights when the engine starts.
-
-    Args:
-        network: the ensemble.
-        weights_dir: see :func:`custom.weights.weight_files`.
-    """
-
-    def __init__(self, network: CoMNeT, weights_dir: str) -> None:
-        super().__init__(network, weights_dir)
-
-    def load(self) -> None:
-        """Load all folds now."""
-        load_ensemble(self.network, self.path)

@@ -17,7 +17,7 @@ import torch
 
 from . import __version__
 from .files import UserError, file_sha256, whole_file, write_text
-from .weights import PROVENANCE_KEY, TRUSTED, CheckpointError, read_checkpoint, untrusted_parts
+from .weights import PROVENANCE_KEY, TRUSTED, CheckpointError, check_settings, read_checkpoint
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -143,7 +143,7 @@ def bundle_files(bundle: Path, checkpoint: Path | None = None, base_url: str = "
         PackingError: see `pack`.
     """
     state, facts = read_checkpoint(checkpoint) if checkpoint else ({}, {})
-    _check_facts(checkpoint, facts)
+    check_settings(facts, str(checkpoint))
     files = {f"{PACKAGE.name}/{name}": path.read_bytes() for name, path in package_files().items()}
     files |= {f"docs/{path.name}": path.read_bytes() for path in bundle.glob("docs/*") if path.is_file()}
     files |= {f"configs/{path.name}": path.read_bytes() for path in bundle.glob("configs/*.conf")}
@@ -220,17 +220,6 @@ def _configs(bundle: Path) -> dict[str, dict[str, Any]]:
     if __version__ not in metadata.get("changelog", {}):
         raise PackingError(f"{bundle / 'configs' / 'metadata.json'} has no changelog for {__version__}: write one")
     return configs
-
-
-def _check_facts(checkpoint: Path | None, facts: Mapping[str, Any]) -> None:
-    """Refuse what would run as code once it stands in a config."""
-    numbers = [facts[key] for key in NUMBERS if key in facts]
-    if untrusted_parts(facts) or not _is_numeric(numbers):
-        raise PackingError(f"{checkpoint} names a network or settings that are not CoMNeT's: not packed")
-
-
-def _is_numeric(value: Any) -> bool:
-    return all(_is_numeric(one) for one in value) if isinstance(value, list) else isinstance(value, (int, float))
 
 
 def _has_guard(config: Mapping[str, Any]) -> bool:

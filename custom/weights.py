@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import io
+import logging
+import os
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
 from .cohort import REGIONS
-from .files import UserError, file_sha256, whole_file
+from .files import UserError, whole_file
+
+logger = logging.getLogger("comnet")
 
 MODEL_KEY = "model"
 PROVENANCE_KEY = "provenance"
+NUM_FOLDS = 5
+RELEASED: dict[str, str] = {}
+"""SHA-256 of each bundle's released ``models/model.pt``: a file that says it is a release must be one of them."""
+DEFAULT_SETTINGS: dict[str, list[Any]] = {
+    "thresholds": [0.5] * len(REGIONS),
+    "min_volume_mm3": [50.0] * len(REGIONS),
+    "refine_regions": [True] * len(REGIONS),
+}
+MONAI_NETWORKS = "monai.networks.nets"
+TRUSTED = {
+    "backbone": [f"custom.mednext.mednext_{size}" for size in ("tiny", "small", "base", "medium", "large")],
+    "corrector": ["custom.corrdiff.corrdiff_base", "custom.corrdiff.corrdiff_tiny"],
+}
+"""Networks that weights may name, beside MONAI's own backbones: a config that holds such a name calls it."""
+NUMBERS = ("spacing", "patch_size", "num_folds", "refine_each_fold")
 
 
 class CheckpointError(UserError):
@@ -55,84 +77,261 @@ def save_atomically(content: Any, path: str | Path) -> None:
         torch.save(content, file)  # not the path: PyTorch would write the temporary name into the file
 
 
-def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read weights and provenance; tensors and plain values only, never pickled code.
+class Checkpoint:
+    """One file of weights: tensors and plain values only, never pickled code.
 
-    Returns:
-        The state dict of the network, and the provenance (empty when the file has none).
+    The file is read once; its tensors are let go when they have been loaded.
 
-    Raises:
-        CheckpointError: no such file, or not a checkpoint that can be read safely.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: train first, or name the folder that holds the weights")
-    try:
-        mapped = zipfile.is_zipfile(path)  # read where it is looked at; PyTorch's old format cannot be
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is not a readable checkpoint ({reason}): copy or train it again") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict")
-    state = content.get(MODEL_KEY, content)
-    if state is content:  # a released checkpoint is a plain state dict: see custom.release.plain_state_dict
-        return dict(state), dict(getattr(content, "_metadata", {}).get(PROVENANCE_KEY, {}))
-    return dict(state), dict(content.get(PROVENANCE_KEY, {}))
-
-
-def load_network(network: nn.Module, path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint strictly into ``network`` and return its provenance.
+    Attributes:
+        path: the file.
+        sha256: digest of its content.
+        facts: its provenance, empty when it has none.
+        num_backbones: of a CoMNeT; 0 where it is a backbone alone.
 
     Raises:
-        CheckpointError: missing, unreadable, or of another size or architecture than ``network``.
+        CheckpointError: no such file, a damaged one, or no checkpoint that can be read safely.
     """
-    return load_part(network, path, "")
+
+    _alive: ClassVar[WeakValueDictionary[tuple[str, int, int, int], Checkpoint]] = WeakValueDictionary()
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        content = path.read_bytes()
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.state: dict[str, torch.Tensor] | None
+        self.state, self.facts = self._parse(content)
+        self.num_backbones = len({name.split(".")[1] for name in self.state if name.startswith("backbones.")})
+        if self.facts.get("release") and self.sha256 not in RELEASED.values():
+            raise CheckpointError(
+                f"{path} is damaged or of another release (its SHA-256 is {self.sha256}): get it anew"
+            )
+
+    @classmethod
+    def at(cls, path: str | Path) -> Checkpoint:
+        """Read a file, or return what was read of it while that is still in use."""
+        path = Path(path)
+        if not path.is_file():
+            raise CheckpointError(f"no checkpoint at {path}: train first, or name the folder that holds the weights")
+        stat = path.stat()
+        key = (os.path.realpath(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        found = cls._alive.get(key)
+        if found is None:
+            found = cls._alive[key] = cls(path)
+        return found
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the weights by name, read anew if they have been let go."""
+        return self._parse(self.path.read_bytes())[0] if self.state is None else self.state
+
+    def load(self, network: nn.Module, prefix: str = "") -> None:
+        """Load strictly into ``network`` those weights whose names start with ``prefix``; half precision as float32.
+
+        Raises:
+            CheckpointError: of another size or architecture than ``network``, which stays as it was.
+        """
+        content = self.tensors()
+        state = {name.removeprefix(prefix): value for name, value in content.items() if name.startswith(prefix)}
+        if difference := _difference(network.state_dict(), state):
+            made_by = f" (it was trained with {self.facts['backbone']})" if "backbone" in self.facts else ""
+            raise CheckpointError(
+                f"{self.path} does not fit {type(network).__name__}{made_by}: {difference}; "
+                "use the backbone that the checkpoint was trained with"
+            )
+        network.load_state_dict(state)
+        self.state = None
+
+    def _parse(self, content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        try:
+            file = io.BytesIO(content)
+            if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():  # PyTorch's old format is none
+                raise ValueError("damaged: its checksums do not agree")
+            file.seek(0)
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            advice = "copy or train it again"
+            raise CheckpointError(f"{self.path} is not a readable checkpoint ({reason}): {advice}") from error
+        if not isinstance(found, Mapping):
+            raise CheckpointError(f"{self.path} holds a {type(found).__name__}, not a state dict")
+        if MODEL_KEY in found:
+            return dict(found[MODEL_KEY]), dict(found.get(PROVENANCE_KEY, {}))
+        return dict(found), dict(getattr(found, "_metadata", {}).get(PROVENANCE_KEY, {}))  # custom.release makes such
 
 
-def load_part(network: nn.Module, path: str | Path, prefix: str) -> dict[str, Any]:
-    """Load strictly into ``network`` those weights of a checkpoint whose names start with ``prefix``.
+class Weights:
+    """A set of weights: found, described, checked and loaded; nothing is read before it is asked for.
 
-    Returns:
-        The provenance of the whole file.
-
-    Raises:
-        CheckpointError: missing, unreadable, or of another size or architecture than ``network``.
+    Args:
+        path: one checkpoint; or a folder with ``model.pt`` of a whole CoMNeT, else ``fold<k>/model.pt`` of each fold's
+            backbone, else ``model.pt`` of one backbone.
     """
-    content, provenance = read_checkpoint(path)
-    state = {name.removeprefix(prefix): value for name, value in content.items() if name.startswith(prefix)}
-    difference = _difference(network.state_dict(), state)
-    if difference:
-        made_by = f" (it was trained with {provenance['backbone']})" if "backbone" in provenance else ""
-        raise CheckpointError(
-            f"{path} does not fit {type(network).__name__}{made_by}: {difference}; "
-            "use the backbone that the checkpoint was trained with"
-        )
-    network.load_state_dict(state)
-    return provenance
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def of(cls, weights: Weights | str | Path) -> Weights:
+        """Return weights as they are, or those at a path."""
+        return weights if isinstance(weights, cls) else cls(weights)
+
+    @cached_property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """The whole, or one checkpoint a fold.
+
+        Raises:
+            CheckpointError: there are none, a fold is missing, one cannot be read, or they do not belong together.
+        """
+        whole = self.path / "model.pt" if self.path.is_dir() else self.path
+        folds = {int(path.parent.name[4:]): path for path in self.path.glob("fold[0-9]*/model.pt")}
+        if not folds and not whole.is_file():
+            raise CheckpointError(
+                f"no weights at {self.path}: there is neither model.pt nor fold<k>/model.pt (the released weights come "
+                "with a release, not with every clone): name yours by --weights, weights_dir or checkpoint"
+            )
+        if whole.is_file() and (not folds or Checkpoint.at(whole).num_backbones):
+            return (Checkpoint.at(whole),)
+        found = tuple(Checkpoint.at(folds[fold]) for fold in sorted(folds))
+        expected = range(found[0].facts.get("num_folds", NUM_FOLDS))
+        if missing := [str(fold) for fold in expected if fold not in folds]:
+            copy = ", and model.pt there is one fold's" if whole.is_file() else ""
+            raise CheckpointError(
+                f"{len(missing)} of {len(expected)} fold checkpoints are missing in {self.path} (fold "
+                f"{', '.join(missing)}{copy}): train them, or name one checkpoint"
+            )
+        for key in ("backbone", "spacing", "patch_size", "num_folds"):
+            if any(one.facts.get(key) != found[0].facts.get(key) for one in found):
+                raise CheckpointError(f"the folds in {self.path} differ in {key}: they do not belong together")
+        return found
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """One checkpoint a fold, or one of the whole."""
+        return tuple(one.path for one in self.checkpoints)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest over the digests of all files."""
+        return hashlib.sha256("".join(one.sha256 for one in self.checkpoints).encode()).hexdigest()
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Provenance that all files share, e.g. ``backbone``; ``num_folds`` is the number of backbones within."""
+        first, *others = (one.facts for one in self.checkpoints)
+        shared = {key: value for key, value in first.items() if all(fact.get(key) == value for fact in others)}
+        return shared | {"num_folds": self.checkpoints[0].num_backbones or len(self.checkpoints)}
+
+    @property
+    def trained_on(self) -> frozenset[str]:
+        """Names of all subjects that any of the files was trained on."""
+        return frozenset(name for one in self.checkpoints for name in one.facts.get("trained_on", ()))
+
+    @property
+    def note(self) -> str:
+        """What the weights say of themselves, else the start of their digest."""
+        notes = {one.facts["notes"] for one in self.checkpoints if one.facts.get("notes")}
+        return "; ".join(sorted(notes)) or f"weights {self.sha256[:12]}"
+
+    @cached_property
+    def tuned(self) -> dict[str, list[Any]]:
+        """Settings that the weights go with: ``thresholds`` (probabilities), ``min_volume_mm3``, ``refine_regions``.
+
+        Each is a list for ET, TC and WT; ``DEFAULT_SETTINGS`` where the weights were never tuned, as single folds are,
+        and where there are no weights yet.
+        """
+        there = self.path.is_file() or any(self.path.glob("model.pt")) or any(self.path.glob("fold*/model.pt"))
+        facts = self.facts if there else {}
+        return {name: list(facts.get(name, default)) for name, default in DEFAULT_SETTINGS.items()}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Values of a config that the weights were made with: networks, spacing, patch size, folds.
+
+        Raises:
+            CheckpointError: they name something that is no network of CoMNeT or MONAI, or numbers that are none.
+        """
+        check_settings(self.facts, self.path)
+        return {name: self.facts[name] for name in (*TRUSTED, *NUMBERS) if self.facts.get(name) is not None}
+
+    def load(self, network: nn.Module) -> None:
+        """Load strictly into a network: a whole CoMNeT, or one backbone; or folds' backbones into a CoMNeT's.
+
+        Five fold checkpoints hold no corrector: an untrained one leaves the ensemble's probabilities as they are.
+
+        Raises:
+            CheckpointError: a file is missing, unreadable or made for another network.
+        """
+        backbones = getattr(network, "backbones", None)
+        if backbones is None or self.checkpoints[0].num_backbones:
+            parts = [network]
+        else:
+            parts = list(backbones)
+            logger.info("%s holds backbones only: nothing refines their probabilities", self.path)
+        if len(parts) != len(self.checkpoints):
+            raise CheckpointError(f"{self.path} holds {len(self.checkpoints)} backbones, the network has {len(parts)}")
+        for part, checkpoint in zip(parts, self.checkpoints, strict=True):
+            checkpoint.load(part)
 
 
-class NetworkLoader:
-    """Ignite handler that loads one checkpoint strictly when the engine starts.
+class WeightsLoader:
+    """Ignite handler that loads weights strictly when the engine starts.
 
     Args:
         network: network as configured.
-        path: checkpoint, see :func:`load_network`.
+        weights: see :class:`Weights`; or their path.
     """
 
-    def __init__(self, network: nn.Module, path: str) -> None:
+    def __init__(self, network: nn.Module, weights: Weights | str) -> None:
         self.network = network
-        self.path = path
+        self.weights = Weights.of(weights)
 
     def attach(self, engine: Any) -> None:
         """Load at the start of ``engine``'s run."""
         from ignite.engine import Events
 
-        engine.add_event_handler(Events.STARTED, lambda _: self.load())
+        engine.add_event_handler(Events.STARTED, lambda _: self.weights.load(self.network))
 
-    def load(self) -> None:
-        """Load now."""
-        load_network(self.network, self.path)
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the state dict of the network and the provenance of one file: see :class:`Checkpoint`."""
+    checkpoint = Checkpoint.at(path)
+    return checkpoint.tensors(), checkpoint.facts
+
+
+def fold_checkpoint(weights_dir: str | Path, fold: int) -> Path:
+    """Return where the training of one fold leaves its best checkpoint: ``<weights_dir>/fold<k>/model.pt``."""
+    return Path(weights_dir) / f"fold{fold}" / "model.pt"
+
+
+def check_settings(facts: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse what would run as code once it stands in a config.
+
+    Args:
+        facts: provenance of weights.
+        path: where they are, for the message.
+
+    Raises:
+        CheckpointError: a network that is none of CoMNeT's or MONAI's, or numbers that are none.
+    """
+    for part in TRUSTED:
+        if facts.get(part) is not None and not _is_trusted(part, facts[part]):
+            raise CheckpointError(f"{path} names the {part} {facts[part]!r}, which is none of CoMNeT's: not used")
+    for name in NUMBERS:
+        if facts.get(name) is not None and not _is_numeric(facts[name]):
+            raise CheckpointError(f"{path} has the {name} {facts[name]!r}, which is no number: not used")
+
+
+def _is_trusted(part: str, name: Any) -> bool:
+    if name in TRUSTED[part]:
+        return True
+    module, _, attribute = str(name).rpartition(".")
+    if part != "backbone" or module != MONAI_NETWORKS:
+        return False
+    network = getattr(importlib.import_module(MONAI_NETWORKS), attribute, None)
+    return isinstance(network, type) and issubclass(network, nn.Module)
+
+
+def _is_numeric(value: Any) -> bool:
+    return all(_is_numeric(one) for one in value) if isinstance(value, list) else isinstance(value, (int, float))
 
 
 def _difference(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str:
@@ -149,124 +348,3 @@ def _difference(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.
         sizes = f"{tuple(found[name].shape)} in the file, {tuple(expected[name].shape)} in the network"
         parts.append(f"{len(reshaped)} of another shape (first: {name}, {sizes})")
     return ", ".join(parts)
-
-
-NUM_FOLDS = 5
-DEFAULT_SETTINGS: dict[str, list[Any]] = {
-    "thresholds": [0.5] * len(REGIONS),
-    "min_volume_mm3": [50.0] * len(REGIONS),
-    "refine_regions": [True] * len(REGIONS),
-}
-
-
-TRUSTED = {"backbone": ("custom.mednext.", "monai.networks.nets."), "corrector": ("custom.corrdiff.",)}
-"""Where the networks may come from that weights name: a config that holds such a name runs it."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What is known of a set of weights.
-
-    Attributes:
-        files: one checkpoint a fold, or one of the whole.
-        sha256: digest over the digests of all files.
-        facts: provenance that all files share, e.g. ``backbone``, ``spacing``, ``num_folds``; the last is the number of
-            backbones within, where the files are CoMNeTs.
-        trained_on: names of all subjects that any of the files was trained on.
-        note: what the weights say of themselves, else the start of their digest.
-    """
-
-    files: tuple[Path, ...]
-    sha256: str
-    facts: dict[str, Any]
-    trained_on: frozenset[str]
-    note: str
-
-
-def fold_checkpoint(weights_dir: str | Path, fold: int) -> Path:
-    """Return where the training of one fold leaves its best checkpoint: ``<weights_dir>/fold<k>/model.pt``."""
-    return Path(weights_dir) / f"fold{fold}" / "model.pt"
-
-
-def weight_files(weights_dir: str | Path, num_folds: int = NUM_FOLDS) -> list[Path]:
-    """Find the weights in a folder: ``model.pt`` of a whole ensemble, else one checkpoint a fold, else ``model.pt``.
-
-    Raises:
-        CheckpointError: neither is there, or a fold is missing; says which.
-    """
-    whole = Path(weights_dir) / "model.pt"
-    folds = [fold_checkpoint(weights_dir, fold) for fold in range(num_folds)]
-    missing = [path for path in folds if not path.is_file()]
-    if whole.is_file() and (missing or _is_comnet(whole)):
-        return [whole]
-    if missing:
-        raise CheckpointError(
-            f"no weights in {weights_dir}: {len(missing)} of {num_folds} fold checkpoints are missing (first: "
-            f"{missing[0]}) and there is no {whole.name}; train the folds, run `comnet demo`, or name another folder"
-        )
-    return folds
-
-
-def describe_weights(weights: str | Path) -> Weights:
-    """Read what a set of weights is.
-
-    Args:
-        weights: folder of an ensemble's weights, or one checkpoint.
-
-    Raises:
-        CheckpointError: no weights, unreadable ones, or folds that were made with different settings.
-    """
-    weights = Path(weights)
-    files = [weights] if weights.is_file() else weight_files(weights, _expected_folds(weights))
-    facts = [_facts(*read_checkpoint(path)) for path in files]
-    for key in ("backbone", "spacing", "patch_size", "num_folds"):
-        if any(fact.get(key) != facts[0].get(key) for fact in facts):
-            raise CheckpointError(f"the folds in {weights} differ in {key}: they do not belong together")
-    digest = hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
-    return Weights(
-        files=tuple(files),
-        sha256=digest,
-        facts={key: value for key, value in facts[0].items() if all(fact.get(key) == value for fact in facts)},
-        trained_on=frozenset(name for fact in facts for name in fact.get("trained_on", ())),
-        note="; ".join(sorted({fact["notes"] for fact in facts if fact.get("notes")})) or f"weights {digest[:12]}",
-    )
-
-
-def untrusted_parts(facts: Mapping[str, Any]) -> list[str]:
-    """Return which of the networks that a checkpoint names, "backbone" or "corrector", are none of ours or MONAI's."""
-    return [part for part, ours in TRUSTED.items() if part in facts and not str(facts[part]).startswith(ours)]
-
-
-def tuned_settings(weights_dir: str | Path) -> dict[str, list[Any]]:
-    """Return what an ensemble's weights say of the settings they go with: see :mod:`custom.tuning`.
-
-    Args:
-        weights_dir: folder of an ensemble's weights, or one checkpoint.
-
-    Returns:
-        ``thresholds`` (probabilities), ``min_volume_mm3`` and ``refine_regions``, each a list for ET, TC and WT;
-        ``DEFAULT_SETTINGS`` where there are no weights, or weights that were never tuned, such as fold checkpoints.
-
-    Raises:
-        CheckpointError: the weights of the whole cannot be read.
-    """
-    path = Path(weights_dir)
-    whole = path / "model.pt" if path.is_dir() else path
-    facts = read_checkpoint(whole)[1] if whole.is_file() else {}
-    return {name: list(facts.get(name, default)) for name, default in DEFAULT_SETTINGS.items()}
-
-
-def _is_comnet(checkpoint: Path) -> bool:
-    """Whether it holds a CoMNeT, and not the copy of one fold's backbone that training publishes."""
-    return any(name.startswith("backbones.") for name in read_checkpoint(checkpoint)[0])
-
-
-def _facts(state: Mapping[str, torch.Tensor], provenance: dict[str, Any]) -> dict[str, Any]:
-    """Provenance, with the number of backbones that a CoMNeT really has."""
-    numbers = {name.split(".")[1] for name in state if name.startswith("backbones.")}
-    return provenance | ({"num_folds": len(numbers)} if numbers else {})
-
-
-def _expected_folds(weights_dir: Path) -> int:
-    first = next(iter(sorted(weights_dir.glob("fold*/model.pt"))), None)
-    return read_checkpoint(first)[1].get("num_folds", NUM_FOLDS) if first else NUM_FOLDS

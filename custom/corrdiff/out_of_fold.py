@@ -21,7 +21,7 @@ from monai.transforms import MapTransform, Transform
 from torch import nn
 
 from ..files import UserError, file_sha256, whole_file
-from ..weights import CheckpointError, fold_checkpoint, load_network
+from ..weights import Checkpoint, CheckpointError, fold_checkpoint
 
 logger = logging.getLogger("comnet")
 
@@ -126,8 +126,9 @@ class CoarsePredictions:
         for item in tqdm(items, desc="coarse predictions", dynamic_ncols=True):
             if loaded != self.backbone_of(item):
                 loaded = self.backbone_of(item)
-                facts = load_network(self.network, fold_checkpoint(self.backbones_dir, loaded))
-            self._check(item, facts)
+                checkpoint = Checkpoint.at(fold_checkpoint(self.backbones_dir, loaded))
+                checkpoint.load(self.network)
+            self._check(item, checkpoint.facts)
             with whole_file(self.path(item)) as temporary:
                 np.save(temporary, self._predict(item))
 

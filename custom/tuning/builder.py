@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..cohort import REGIONS
-from ..comnet import CoMNeT, gather
+from ..comnet import CoMNeT
 from ..files import UserError, file_sha256, write_text
 from ..inference.inferers import describe
-from ..weights import CheckpointError, Provenance, fold_checkpoint, load_part, read_checkpoint, save_atomically
+from ..weights import Checkpoint, CheckpointError, Provenance, fold_checkpoint, save_atomically
 from .choice import DEFAULT_THRESHOLD, DEFAULT_VOLUME_MM3, Choice, Grid, choose
 
 logger = logging.getLogger("comnet")
@@ -166,7 +166,7 @@ class EnsembleBuilder:
 
 
 def _settings(choices: Mapping[str, Choice]) -> dict[str, list[Any]]:
-    """Settings of ET, TC and WT, as :func:`custom.weights.tuned_settings` reads them."""
+    """Settings of ET, TC and WT, as :attr:`custom.weights.Weights.tuned` reads them."""
     return {
         "thresholds": [choices[region].threshold for region in REGIONS],
         "min_volume_mm3": [choices[region].min_volume_mm3 for region in REGIONS],
@@ -200,18 +200,23 @@ def gather_parts(
     Raises:
         CheckpointError: a part is missing, unreadable, or was trained with other settings or another backbone.
     """
-    backbones = [fold_checkpoint(backbones_dir, fold) for fold in range(len(network.backbones))]
-    corrector = None if correctors_dir is None else fold_checkpoint(correctors_dir, corrector_fold)
-    parts = gather(network, backbones, corrector)
-    for path, part in zip([*backbones, corrector], parts, strict=False):
-        _check_settings(path, part, facts)
+    backbones = [Checkpoint.at(fold_checkpoint(backbones_dir, fold)) for fold in range(len(network.backbones))]
+    for backbone, checkpoint in zip(network.backbones, backbones, strict=True):
+        checkpoint.load(backbone)
+    corrector = None if correctors_dir is None else Checkpoint.at(fold_checkpoint(correctors_dir, corrector_fold))
+    if corrector is not None:
+        corrector.load(network.corrector, "corrector.")
+    parts = [*backbones, *([corrector] if corrector else [])]
+    for part in parts:
+        _check_settings(part, facts)
     return {
         **facts,
         "num_folds": len(backbones),
-        "trained_on": sorted({str(name) for part in parts for name in part.get("trained_on", ())}),
-        "notes": facts.get("notes") or "; ".join(sorted({part["notes"] for part in parts if part.get("notes")})),
-        "backbones_sha256": [file_sha256(path) for path in backbones],
-        "corrector_sha256": None if corrector is None else file_sha256(corrector),
+        "trained_on": sorted({str(name) for part in parts for name in part.facts.get("trained_on", ())}),
+        "notes": facts.get("notes")
+        or "; ".join(sorted({part.facts["notes"] for part in parts if part.facts.get("notes")})),
+        "backbones_sha256": [backbone.sha256 for backbone in backbones],
+        "corrector_sha256": None if corrector is None else corrector.sha256,
         "corrector_fold": None if corrector is None else corrector_fold,
     }
 
@@ -223,7 +228,7 @@ def check_own_backbone(correctors_dir: str | Path, backbones_dir: str | Path, fo
         CheckpointError: it was not, or one of the two is missing.
     """
     corrector, backbone = fold_checkpoint(correctors_dir, fold), fold_checkpoint(backbones_dir, fold)
-    within, expected = read_checkpoint(corrector)[0], read_checkpoint(backbone)[0]
+    within, expected = Checkpoint.at(corrector).tensors(), Checkpoint.at(backbone).tensors()
     found = {
         name.removeprefix("backbones.0."): value for name, value in within.items() if name.startswith("backbones.")
     }
@@ -234,10 +239,12 @@ def check_own_backbone(correctors_dir: str | Path, backbones_dir: str | Path, fo
         )
 
 
-def _check_settings(path: Path, part: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+def _check_settings(part: Checkpoint, facts: Mapping[str, Any]) -> None:
     for name in SETTINGS:
-        if name in part and name in facts and part[name] != facts[name]:
-            raise CheckpointError(f"{path} was trained with {name} {part[name]}, not {facts[name]}: set {name} to that")
+        if name in part.facts and name in facts and part.facts[name] != facts[name]:
+            raise CheckpointError(
+                f"{part.path} was trained with {name} {part.facts[name]}, not {facts[name]}: set {name} to that"
+            )
 
 
 Item = Mapping[str, Any]
@@ -361,8 +368,9 @@ class OutOfFoldDice:
 
     def _load_corrector(self, fold: int) -> None:
         if self._loaded != fold:
-            facts = load_part(self.corrector, self._checkpoint(fold), "corrector.")
-            self._loaded, self._seen = fold, frozenset(facts.get("trained_on", ()))
+            checkpoint = Checkpoint.at(self._checkpoint(fold))
+            checkpoint.load(self.corrector, "corrector.")
+            self._loaded, self._seen = fold, frozenset(checkpoint.facts.get("trained_on", ()))
 
     def _score(self, subject: Item, logits: Tensor) -> np.ndarray:
         if not torch.isfinite(logits).all():

@@ -140,8 +140,8 @@ def test_output_settings_are_the_same_in_all_inference_configs():
         json.loads((BUNDLES / name / "configs" / "inference.json").read_text())
         for name in ("comnet_mednext", "comnet_corrdiff", "comnet_ensemble")
     )
-    weights = {"fold", "checkpoint", "weights_dir", "num_folds", "network_def", "ledger", "handlers"}
-    tuned = {"tuned", "refine_regions", "refine_each_fold", "thresholds", "min_volume_mm3"}
+    weights = {"fold", "checkpoint", "weights_dir", "weights", "num_folds", "network_def", "ledger", "handlers"}
+    tuned = {"refine_regions", "refine_each_fold", "thresholds", "min_volume_mm3"}
     for key in (set(corrdiff) | set(ensemble)) - weights - tuned:
         assert corrdiff[key] == ensemble[key], key
     corrector = {"segresnet_filters", "corrector", "num_samples", "seed", "refine_regions"}

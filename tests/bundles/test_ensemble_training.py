@@ -19,11 +19,10 @@ from custom.mednext import mednext_tiny
 from custom.weights import (
     NUM_FOLDS,
     CheckpointError,
-    describe_weights,
+    Weights,
     fold_checkpoint,
     read_checkpoint,
     save_atomically,
-    tuned_settings,
 )
 
 CONFIG = BUNDLES / "comnet_ensemble" / "configs" / "train.json"
@@ -87,7 +86,7 @@ def test_the_whole_is_its_parts_and_says_so(built, parts, phantoms):
     assert names and all(torch.equal(state[name], corrector[name]) for name in names)
     assert facts["notes"] == "untrained" and facts["trained_on"] == sorted(path.name for path in phantoms.iterdir())
     assert {key: facts[key] for key in SMALL} == SMALL and facts["refine_each_fold"] is False
-    assert describe_weights(built).facts["num_folds"] == NUM_FOLDS
+    assert Weights(built).facts["num_folds"] == NUM_FOLDS
 
 
 def test_dice_is_that_of_the_held_out_folds_prediction_on_the_native_grid(built, parts, phantoms):
@@ -117,7 +116,7 @@ def test_inference_takes_up_what_was_chosen(built, phantoms, tmp_path):
     state, facts = read_checkpoint(built / "model.pt")
     chosen = {"thresholds": [0.3, 0.4, 0.6], "min_volume_mm3": [0.0, 250.0, 500.0], "refine_regions": [False] * 3}
     save_atomically({"model": state, "provenance": facts | chosen}, tmp_path / "weights" / "model.pt")
-    assert tuned_settings(tmp_path / "weights") == chosen
+    assert Weights(tmp_path / "weights").tuned == chosen
     config = ConfigParser()
     config.read_config(str(CONFIG.with_name("inference.json")))
     config.update({"bundle_root": str(CONFIG.parents[1]), "weights_dir": str(tmp_path / "weights")})

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from custom.comnet import CoMNeT, gather, load_ensemble
+from custom.comnet import CoMNeT
 from custom.corrdiff import CorrDiff, Refinement
-from custom.weights import CheckpointError, fold_checkpoint, save_atomically, weight_files
+from custom.weights import CheckpointError, Weights, fold_checkpoint, save_atomically
 
 
 def backbone():
@@ -92,23 +92,10 @@ def test_scripts_with_a_corrector(options):
     torch.testing.assert_close(torch.jit.script(network)(image), network(image))
 
 
-def test_an_ensemble_is_gathered_from_its_parts(tmp_path):
-    folds, source = write_folds(tmp_path), CoMNeT(backbone, 1, CorrDiff())
-    nn.init.constant_(source.corrector.alpha, 0.7)
-    save_atomically({"model": source.state_dict(), "provenance": {"fold": 2}}, tmp_path / "corrector.pt")
-    network = CoMNeT(backbone, 5, CorrDiff())
-    facts = gather(network, [fold_checkpoint(tmp_path, fold) for fold in range(5)], tmp_path / "corrector.pt")
-    assert [fact["fold"] for fact in facts] == [0, 1, 2, 3, 4, 2]
-    assert torch.equal(network.backbones[3].weight, folds[3].weight)
-    assert all(
-        torch.equal(a, b) for a, b in zip(network.corrector.parameters(), source.corrector.parameters(), strict=True)
-    )
-
-
 def test_fold_checkpoints_leave_the_corrector_untrained(tmp_path):
     write_folds(tmp_path)
     network, image = CoMNeT(backbone, 5, CorrDiff()), torch.randn(1, 4, 8, 8, 8)
-    load_ensemble(network, tmp_path)
+    Weights(tmp_path).load(network)
     refined, network.corrector = network(image), None
     assert torch.equal(refined, network(image))
 
@@ -120,8 +107,7 @@ def test_scripts_to_the_same_output():
 
 def test_five_fold_checkpoints_load_in_order(tmp_path):
     folds, network = write_folds(tmp_path), CoMNeT(backbone)
-    facts = load_ensemble(network, tmp_path)
-    assert [fact["fold"] for fact in facts] == [0, 1, 2, 3, 4]
+    Weights(tmp_path).load(network)
     assert all(torch.equal(network.backbones[fold].weight, folds[fold].weight) for fold in range(5))
 
 
@@ -129,26 +115,33 @@ def test_whole_ensemble_in_one_file_wins(tmp_path):
     write_folds(tmp_path)
     source, target = CoMNeT(backbone), CoMNeT(backbone)
     save_atomically({"model": source.state_dict()}, tmp_path / "model.pt")
-    load_ensemble(target, tmp_path)
-    assert weight_files(tmp_path) == [tmp_path / "model.pt"]
+    Weights(tmp_path).load(target)
+    assert Weights(tmp_path).files == (tmp_path / "model.pt",)
     assert torch.equal(target.backbones[4].weight, source.backbones[4].weight)
 
 
 def test_a_published_backbone_does_not_hide_the_folds(tmp_path):
     write_folds(tmp_path)
     save_atomically({"model": backbone().state_dict()}, tmp_path / "model.pt")
-    assert weight_files(tmp_path) == [tmp_path / f"fold{fold}" / "model.pt" for fold in range(5)]
-    (tmp_path / "fold3" / "model.pt").unlink()
-    assert weight_files(tmp_path) == [tmp_path / "model.pt"]
+    assert Weights(tmp_path).files == tuple(fold_checkpoint(tmp_path, fold) for fold in range(5))
+
+
+def test_folds_that_are_missing_are_named_though_a_copy_of_one_is_published(tmp_path):
+    write_folds(tmp_path, folds=(0, 1, 3))
+    save_atomically({"model": backbone().state_dict()}, tmp_path / "model.pt")
+    with pytest.raises(
+        CheckpointError, match=r"2 of 5 .* missing in .* \(fold 2, 4, and model.pt there is one fold's\)"
+    ):
+        Weights(tmp_path).load(CoMNeT(backbone))
 
 
 def test_missing_fold_is_named(tmp_path):
     write_folds(tmp_path, folds=(0, 1, 3, 4))
-    with pytest.raises(CheckpointError, match=r"1 of 5 .* missing \(first: .*fold2.model.pt\)"):
-        load_ensemble(CoMNeT(backbone), tmp_path)
+    with pytest.raises(CheckpointError, match=r"1 of 5 .* missing in .* \(fold 2\)"):
+        Weights(tmp_path).load(CoMNeT(backbone))
 
 
 def test_folds_of_another_size_are_refused(tmp_path):
     write_folds(tmp_path)
     with pytest.raises(CheckpointError, match=r"fold0.*another shape"):
-        load_ensemble(CoMNeT(lambda: nn.Conv3d(4, 3, 3)), tmp_path)
+        Weights(tmp_path).load(CoMNeT(lambda: nn.Conv3d(4, 3, 3)))

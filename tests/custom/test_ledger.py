@@ -115,7 +115,7 @@ def changed_input(items, make):
 
 def changed_weights(items, make):
     book = make()
-    save_atomically({"model": {"w": torch.zeros(1)}}, book.weights_path)
+    save_atomically({"model": {"w": torch.zeros(1)}}, book.weights.path)
     return make()
 
 

@@ -14,11 +14,10 @@ from custom.tuning import EnsembleBuilder, OutOfFoldDice
 from custom.weights import (
     CheckpointError,
     Provenance,
-    describe_weights,
+    Weights,
     fold_checkpoint,
     read_checkpoint,
     save_atomically,
-    tuned_settings,
 )
 
 FOLDS = 3
@@ -133,12 +132,12 @@ def test_one_file_holds_all_parts_and_says_what_it_is(run_dir):
     assert state["corrector.alpha"].tolist() == [3.0, 3.0, 0.0] and len(state) == 2 * FOLDS + 1
     assert facts["trained_on"] == sorted(NAMES) and facts["notes"] == "toy" and facts["corrector_fold"] == 1
     assert len(set(facts["backbones_sha256"])) == FOLDS and len(facts["corrector_sha256"]) == 64
-    assert tuned_settings(run_dir / "ensemble") == {
+    assert Weights(run_dir / "ensemble").tuned == {
         "thresholds": [0.5, 0.5, 0.4],
         "min_volume_mm3": [50.0] * 3,
         "refine_regions": [True, False, False],
     }
-    described = describe_weights(run_dir / "ensemble")
+    described = Weights(run_dir / "ensemble")
     assert described.facts["num_folds"] == FOLDS and described.trained_on == set(NAMES)
 
 
@@ -157,7 +156,7 @@ def test_without_tuning_no_subject_is_read(run_dir):
     dataset = Subjects(run_dir)
     builder(run_dir, dataset, tune=False).run()
     assert dataset.read == []
-    assert tuned_settings(run_dir / "ensemble")["refine_regions"] == [True] * 3
+    assert Weights(run_dir / "ensemble").tuned["refine_regions"] == [True] * 3
     tuning = json.loads((run_dir / "ensemble" / "tuning.json").read_text())
     assert tuning["num_subjects"] == 0 and tuning["regions"]["ET"]["dice_coarse"] is None
     assert tuning["regions"]["ET"]["interval"] == [None, None]
