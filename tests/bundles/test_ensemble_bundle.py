@@ -156,7 +156,7 @@ def test_evaluation_on_training_subjects_is_refused(weights, tmp_path):
 
 
 def test_missing_weights_and_other_sizes_are_refused(phantoms, weights, tmp_path):
-    with fails_with(CheckpointError, match=r"no weights in .*nowhere.*comnet demo"):
+    with fails_with(CheckpointError, match=r"no weights at .*nowhere.*name yours"):
         segment(phantoms, tmp_path / "nowhere", tmp_path / "out")
     with fails_with(CheckpointError, match=r"fold0.model.pt does not fit MedNeXt"):
         segment(phantoms, weights, tmp_path / "out", backbone="custom.mednext.mednext_small")
