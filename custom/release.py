@@ -230,7 +230,28 @@ def _with_settings(config: dict[str, Any], facts: Mapping[str, Any]) -> bytes:
     """Write into a complete config what the weights were made with; overlays and metadata stay as they are."""
     if "path_setup" in config:
         config |= {key: facts[key] for key in (*TRUSTED, *NUMBERS) if key in facts and key in config}
-    return (json.dumps(config, indent=4, ensure_ascii=False) + "\n").encode()
+    return config_text(config).encode()
+
+
+def config_text(config: Any, width: int = 120) -> str:
+    """Write a config as this repository's are written: JSON, one line for whatever fits into one.
+
+    A step of a transform list, a list of numbers or an override then reads as one thing.
+    """
+    return _json_lines(config, "", width - 1) + "\n"
+
+
+def _json_lines(node: Any, before: str, width: int) -> str:
+    """Lay out a node; ``before`` is what stands on its first line already, where that is not the first of all."""
+    line = json.dumps(node, ensure_ascii=False)
+    if not isinstance(node, (dict, list)) or (before and len(before) + len(line) <= width):
+        return line
+    outer = " " * (len(before) - len(before.lstrip()))
+    inner, opening, closing = outer + "    ", *("{}" if isinstance(node, dict) else "[]")
+    keys = [json.dumps(key, ensure_ascii=False) + ": " for key in node] if isinstance(node, dict) else [""] * len(node)
+    values = node.values() if isinstance(node, dict) else node
+    parts = [inner + key + _json_lines(value, inner + key, width) for key, value in zip(keys, values, strict=True)]
+    return f"{opening}\n" + ",\n".join(parts) + f"\n{outer}{closing}"
 
 
 def _as_bytes(content: Any) -> bytes:
