@@ -101,7 +101,7 @@ class Ledger:
             self._path(str(item["subject"]), RECORD_NAME).unlink(missing_ok=True)
         idist.barrier()  # several processes must agree on who is left before the first of them begins
         own = todo[idist.get_rank() :: idist.get_world_size()]
-        return [{key: value for key, value in item.items() if key != "warnings"} for item in own]
+        return [dict(item) for item in own]
 
     def unseen(self, items: Sequence[Item]) -> list[Item]:
         """Return the subjects that none of the weights was trained on: the others would be scored too well.
@@ -197,7 +197,7 @@ class Ledger:
         label_map, palette = output["pred"], self.settings["output_palette"]
         spacing = np.asarray(label_map.pixdim, dtype=float)
         volumes = region_volumes(np.asarray(label_map[0].cpu()), float(np.prod(spacing)), palette)
-        warnings = [*self.items[name].get("warnings", []), *([] if volumes["WT"] else ["no tumour found"])]
+        warnings = [*(output.get("warnings") or []), *([] if volumes["WT"] else ["no tumour found"])]
         record = {"status": "done", "key": self._key(name), "volumes_ml": volumes, "warnings": warnings}
         if output.get("label") is not None:
             scores = score_subject(label_map_to_regions(label_map.cpu(), palette), output["label"].cpu(), spacing)

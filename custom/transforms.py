@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -12,10 +13,9 @@ from monai.data import MetaTensor
 from monai.data.meta_tensor import get_track_meta
 from monai.transforms import MapTransform, RandomizableTransform, Spacing, SpatialResample, Transform
 from monai.transforms.inverse import InvertibleTransform
-from monai.utils import TraceKeys, ensure_tuple
+from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys, TraceKeys, ensure_tuple
 
-from .cohort import MODALITIES, REGION_TISSUES, REGIONS, palette_values
-from .files import UserError
+from .cohort import REGION_TISSUES, REGIONS, palette_values, read_scan
 
 DEFAULT_PALETTE = "brats2021"
 
@@ -32,7 +32,7 @@ def label_map_to_regions(label_map: torch.Tensor, palette: str = DEFAULT_PALETTE
     """Turn a label map into the binary regions ET, TC and WT (paper, 3.1).
 
     Args:
-        label_map: ``[1, *spatial]`` or ``[*spatial]``, whole numbers.
+        label_map: ``[1, *spatial]`` or ``[*spatial]``, whole numbers, or nearly so where they were stored scaled.
         palette: a name of ``PALETTES``; values outside of it count as background.
 
     Returns:
@@ -43,6 +43,8 @@ def label_map_to_regions(label_map: torch.Tensor, palette: str = DEFAULT_PALETTE
     """
     values = palette_values(palette)
     labels = label_map[0] if label_map.ndim == 4 else label_map
+    if labels.is_floating_point():
+        labels = labels.round()
     tissues = [[values[tissue] for tissue in REGION_TISSUES[region]] for region in REGIONS]
     return torch.stack([torch.isin(labels, labels.new_tensor(numbers)) for numbers in tissues]).to(torch.uint8)
 
@@ -77,51 +79,56 @@ class LabelMapToRegionsd(MapTransform):
         return subject
 
 
-class CheckModalitiesd(MapTransform):
-    """Refuse an image that does not have one channel a modality, before a network sees it.
+class LoadSubjectd(MapTransform):
+    """Load the four modalities of a subject, check them, and put right what can be put right without doubt.
+
+    Stands in for MONAI's `LoadImaged`, which stops at the last voxel it needs and takes any files for modalities. Each
+    file is read once, see `custom.cohort.read_scan`.
 
     Args:
-        keys: images, channel first.
-        num_modalities: 4: T1n, T1c, T2w, T2-FLAIR.
+        keys: one item: a list of four files in the order of `MODALITIES`, or one file with four channels. It becomes
+            ``[4, x, y, z]`` float32 with the metadata that `LoadImaged` gives, and ``meta["subject"]``.
+        subject_key: item that holds the subject's name; where it is absent the file's own name serves.
+        brain_key: item that receives the brain's mask on the input's own grid, ``[1, x, y, z]`` uint8: voxels that are
+            nonzero in any modality.
+        warnings_key: item that receives what is odd about the images, a list of sentences.
 
     Raises:
-        ValueError: on call, for another number of channels.
+        SubjectError: on call, what is wrong with which file of the subject.
     """
 
-    def __init__(self, keys: KeysCollection, num_modalities: int = len(MODALITIES)) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        subject_key: str = "subject",
+        brain_key: str = "brain",
+        warnings_key: str = "warnings",
+    ) -> None:
         super().__init__(keys)
-        self.num_modalities = num_modalities
+        (self.key,) = self.keys
+        self.subject_key, self.brain_key, self.warnings_key = subject_key, brain_key, warnings_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return ``data`` unchanged."""
-        for key in self.key_iterator(data):
-            shape = tuple(data[key].shape)
-            if len(shape) != 4 or shape[0] != self.num_modalities:
-                raise UserError(
-                    f"{key} has shape {shape}, expected ({self.num_modalities}, x, y, z): give the four modalities "
-                    f"{', '.join(MODALITIES)} as a list of four 3D files or as one 4D file in that order"
-                )
-        return dict(data)
-
-
-class KeepBraind(MapTransform):
-    """Remember where the brain is on the input's own grid: voxels that are nonzero in any modality.
-
-    Args:
-        keys: one image, ``[4, *spatial]``, as loaded.
-        brain_key: item that receives the mask, ``[1, *spatial]`` uint8.
-    """
-
-    def __init__(self, keys: KeysCollection, brain_key: str = "brain") -> None:
-        super().__init__(keys)
-        self.brain_key = brain_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return ``data`` with the brain's mask beside the image."""
-        subject = dict(data)
-        for key in self.key_iterator(subject):
-            subject[self.brain_key] = _brain(_plain(subject[key])).to(torch.uint8)
-        return subject
+        """Return ``data`` with the image loaded, and name, brain and warnings beside it."""
+        files = [os.fspath(file) for file in ensure_tuple(data[self.key])]
+        name = str(data.get(self.subject_key) or subject_name({"filename_or_obj": files[0]}))
+        scan = read_scan(name, files[0] if len(files) == 1 else files)
+        voxels = torch.from_numpy(np.stack(scan.images, dtype=np.float32, casting="unsafe"))
+        meta = {
+            MetaKeys.AFFINE: torch.from_numpy(scan.affine.copy()),
+            MetaKeys.ORIGINAL_AFFINE: scan.affine.copy(),
+            MetaKeys.SPATIAL_SHAPE: np.array(voxels.shape[1:]),
+            MetaKeys.SPACE: SpaceKeys.RAS,
+            MetaKeys.ORIGINAL_CHANNEL_DIM: 0,
+            ImageMetaKey.FILENAME_OR_OBJ: files[0],
+            "subject": name,
+        }
+        return dict(data) | {
+            self.key: MetaTensor(voxels, meta=meta),
+            self.subject_key: name,
+            self.brain_key: _brain(voxels).to(torch.uint8),
+            self.warnings_key: scan.warnings,
+        }
 
 
 class MaskToBraind(MapTransform):
@@ -129,7 +136,7 @@ class MaskToBraind(MapTransform):
 
     Args:
         keys: probabilities on the input's own grid, ``[3, *spatial]``.
-        brain_key: mask from :class:`KeepBraind`, on the same grid.
+        brain_key: mask from :class:`LoadSubjectd`, on the same grid.
     """
 
     def __init__(self, keys: KeysCollection, brain_key: str = "brain") -> None:
@@ -255,28 +262,6 @@ def _like(values: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 def _brain(image: torch.Tensor) -> torch.Tensor:
     return nonzero_voxels(image).any(dim=0, keepdim=True)
-
-
-class KeepSubjectNamed(MapTransform):
-    """Write the subject's name into the image's metadata, so that outputs can be named by subject, not by file.
-
-    Args:
-        keys: images with metadata.
-        subject_key: item that holds the name; where it is absent the file's own name serves.
-    """
-
-    def __init__(self, keys: KeysCollection, subject_key: str = "subject") -> None:
-        super().__init__(keys)
-        self.subject_key = subject_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return ``data`` with ``meta["subject"]`` set on every key."""
-        subject = dict(data)
-        for key in self.key_iterator(subject):
-            name = subject.get(self.subject_key) or subject_name(subject[key].meta)
-            subject[key].meta[self.subject_key] = name
-            subject[self.subject_key] = name
-        return subject
 
 
 def subject_name(meta: Mapping[str, Any]) -> str:

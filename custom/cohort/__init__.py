@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .checks import check_subject
+from .checks import Scan, check_subject, read_scan
 from .cohort import Cohort
 from .datalist import assign_folds, build_datalist, exclusions_file, load_datalist, write_datalist
 from .layouts import LAYOUTS, find_subjects, subject_from_files, subjects_from_names
@@ -16,6 +16,7 @@ __all__ = [
     "REGION_TISSUES",
     "Cohort",
     "Exclusion",
+    "Scan",
     "Subject",
     "SubjectError",
     "assign_folds",
@@ -25,6 +26,7 @@ __all__ = [
     "find_subjects",
     "load_datalist",
     "palette_values",
+    "read_scan",
     "subject_from_files",
     "subjects_from_names",
     "write_datalist",

@@ -2,36 +2,95 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
 from monai.utils import optional_import
+from scipy import ndimage
 
 from ..files import UserError
 from .subject import MODALITIES, PALETTES, REGION_TISSUES, REGIONS, Exclusion, Subject, SubjectError
-from .volumes import read_volume
+from .volumes import Volume, check_finite, read_volume
 
 GRID_TOLERANCE = 1e-3
+LEAST_SIZE = 8
+SPACINGS_MM = (0.1, 20.0)
+MOST_MM = 600.0
 MOST_LABELS = 6
 LEAST_BACKGROUND = 0.05
+MOST_NOISE = 1e-3
+MAGNITUDES = (1e-12, 1e12)
+LEAST_SHARED_BRAIN = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass
+class Scan:
+    """The four images of one subject on the grid of the first, ready to compute with.
+
+    Attributes:
+        images: four arrays [x, y, z] in the order of `MODALITIES`; of the file's own type unless put right.
+        header: of the first file.
+        affine: of the first file.
+        warnings: what is odd, and what was put right, in sentences for people.
+    """
+
+    images: list[np.ndarray]
+    header: nib.Nifti1Header
+    affine: np.ndarray
+    warnings: list[str]
+
+
+@dataclass
 class _Image:
     what: str
     file: str
-    shape: tuple[int, ...]
-    affine: np.ndarray
-    oriented: bool
-    digest: bytes
-    background: float
+    volume: Volume
+
+    @property
+    def voxels(self) -> np.ndarray:
+        return self.volume.voxels
+
+    @property
+    def affine(self) -> np.ndarray:
+        return self.volume.affine
+
+    def warn(self, sentence: str) -> None:
+        self.volume.warnings.append(sentence)
+
+
+def read_scan(subject: str, images: str | Sequence[str]) -> Scan:
+    """Read the images of a subject, each file once; check them, and put right what can be put right without doubt.
+
+    Put right, with a warning: a background that is not 0 (one value, noise around one, or NaN) becomes 0; a modality
+    stored along other axes of the same grid is turned; an axis of length 1 behind the three is taken off.
+
+    Args:
+        subject: named in errors.
+        images: four files in the order of `MODALITIES`, or one file with four channels in this order.
+
+    Raises:
+        SubjectError: the first thing found wrong.
+    """
+    scan = _read_channels(subject, images) if isinstance(images, str) else _read_files(subject, images)
+    for image in scan:
+        _check_image(subject, image)
+        _check_size(subject, image)
+    for image in scan[1:]:
+        _turn(image, scan[0])
+    _check_grids(subject, scan)
+    _check_different_voxels(subject, scan)
+    _compare_brains(scan)
+    warnings = [f"{image.what}: {warning}" for image in scan for warning in image.volume.warnings]
+    first = scan[0].volume
+    return Scan([image.voxels for image in scan], first.header, first.affine, list(dict.fromkeys(warnings)))
 
 
 def check_subject(
@@ -61,49 +120,80 @@ def check_subject(
     if require_label and subject.label is None:
         folder = os.path.dirname(subject.images[0])
         raise SubjectError(subject.name, folder, "no tumour mask", "Add one, or use the subject for inference only")
-    _check_different_files(subject)
-    images = [_read_image(subject.name, *pair) for pair in zip(MODALITIES, subject.images, strict=True)]
-    _check_different_voxels(subject.name, images)
-    grid = _common_grid(subject.name, images)
-    facts = _geometry(grid) | {"voxels": {}, "has_et": None, "warnings": _image_warnings(images)}
     if subject.label is not None:
-        voxels, mask = read_volume(subject.name, subject.label)
-        _check_grid(subject.name, grid, "mask", subject.label, mask.shape, mask.affine)
-        facts["voxels"], warnings = check_labels(subject, voxels, unknown_labels, allow_empty_mask)
+        _check_different_files(
+            subject.name, dict(zip((*MODALITIES, "mask"), (*subject.images, subject.label), strict=True))
+        )
+    scan = read_scan(subject.name, subject.images)
+    facts: dict[str, Any] = {
+        "shape": [int(n) for n in scan.images[0].shape],
+        "spacing": [round(float(mm), 6) for mm in nib.affines.voxel_sizes(scan.affine)],
+        "orientation": "".join(nib.aff2axcodes(scan.affine)),
+        "voxels": {},
+        "has_et": None,
+        "warnings": scan.warnings,
+    }
+    if subject.label is not None:
+        mask = _Image("mask", subject.label, read_volume(subject.name, subject.label))
+        check_finite(subject.name, mask.file, mask.voxels)
+        first = _Image(MODALITIES[0], subject.images[0], Volume(scan.images[0], scan.header, scan.affine))
+        _check_grid(subject.name, first, mask)
+        facts["voxels"], warnings = check_labels(subject, mask.voxels, unknown_labels, allow_empty_mask)
         facts["has_et"] = facts["voxels"]["ET"] > 0
-        facts["warnings"] += warnings
+        odd = [f"mask: {one}" for one in mask.volume.warnings if f"{first.what}: {one}" not in scan.warnings]
+        facts["warnings"] = [*scan.warnings, *odd, *warnings]
     return facts
 
 
-def _check_different_files(subject: Subject) -> None:
+def _read_files(subject: str, files: Sequence[str]) -> list[_Image]:
+    if len(files) != len(MODALITIES):
+        reason = f"{len(files)} images, not one each for {', '.join(MODALITIES)}"
+        raise SubjectError(
+            subject, str(files[0]) if files else "", reason, "Give four files, or one with four channels"
+        )
+    named = dict(zip(MODALITIES, map(str, files), strict=True))
+    _check_different_files(subject, named)
+    return [_Image(what, file, read_volume(subject, file)) for what, file in named.items()]
+
+
+def _read_channels(subject: str, file: str) -> list[_Image]:
+    whole = read_volume(subject, file, dimensions=4)
+    if whole.voxels.shape[3] != len(MODALITIES):
+        reason = f"it holds {whole.voxels.shape[3]} channels, not one each for {', '.join(MODALITIES)}"
+        raise SubjectError(subject, file, reason, "Make it of the four modalities with `comnet stack`")
+    return [
+        _Image(what, file, Volume(whole.voxels[..., channel], whole.header, whole.affine, list(whole.warnings)))
+        for channel, what in enumerate(MODALITIES)
+    ]
+
+
+def _check_different_files(subject: str, files: Mapping[str, str]) -> None:
     seen: dict[str, str] = {}
-    files = [*zip(MODALITIES, subject.images, strict=True), *([("mask", subject.label)] if subject.label else [])]
-    for what, file in files:
+    for what, file in files.items():
         first = seen.setdefault(os.path.realpath(file), what)
         if first != what:
             reason = f"{first} and {what} are the same file"
-            raise SubjectError(subject.name, file, reason, "Give each modality, and the mask, a file of its own")
+            raise SubjectError(subject, file, reason, "Give each modality, and the mask, a file of its own")
 
 
-def _read_image(subject: str, modality: str, file: str) -> _Image:
-    voxels, image = read_volume(subject, file)
-    low, high = voxels.min(), voxels.max()
+def _check_image(subject: str, image: _Image) -> None:
+    _clear_outside(image)
+    check_finite(subject, image.file, image.voxels)
+    low, high = image.voxels.min(), image.voxels.max()
     if low == high:
-        reason = f"every voxel of the {modality} image is {low:g}" + (": the image is empty" if low == 0 else "")
-        raise SubjectError(subject, file, reason, "Export the image again, or leave the subject out")
-    labels = _looks_like_labels(voxels)
+        reason = f"every voxel of the {image.what} image is {low:g}" + (": the image is empty" if low == 0 else "")
+        raise SubjectError(subject, image.file, reason, "Export the image again, or leave the subject out")
+    labels = _looks_like_labels(image.voxels)
     if labels is not None:
-        reason = f"the {modality} image holds only the values {', '.join(f'{v:g}' for v in labels)}, as a mask does"
-        raise SubjectError(subject, file, reason, "Check whether image and mask were swapped, or misnamed")
-    return _Image(
-        what=modality,
-        file=file,
-        shape=voxels.shape,
-        affine=image.affine,
-        oriented=bool(image.header["sform_code"] or image.header["qform_code"]),
-        digest=hashlib.blake2b(np.ascontiguousarray(voxels.T, dtype=np.float32)).digest(),
-        background=1 - np.count_nonzero(voxels) / voxels.size,
-    )
+        reason = f"the {image.what} image holds only the values {', '.join(f'{v:g}' for v in labels)}, as a mask does"
+        raise SubjectError(subject, image.file, reason, "Check whether image and mask were swapped, or misnamed")
+    if _clear_background(image, float(low), float(high)):
+        low, high = image.voxels.min(), image.voxels.max()
+    if not MAGNITUDES[0] < max(abs(float(low)), abs(float(high))) < MAGNITUDES[1]:
+        reason = f"the values of the {image.what} image run from {low:g} to {high:g}: no single precision can hold this"
+        raise SubjectError(subject, image.file, reason, "Look for damaged voxels, or rescale the image")
+    if (background := 1 - np.count_nonzero(image.voxels) / image.voxels.size) < LEAST_BACKGROUND:
+        image.warn(f"only {100 * background:.1f} % of voxels are 0, so the skull is probably not stripped")
 
 
 def _looks_like_labels(voxels: np.ndarray) -> np.ndarray | None:
@@ -114,64 +204,110 @@ def _looks_like_labels(voxels: np.ndarray) -> np.ndarray | None:
     return values if values.size <= MOST_LABELS and (values == np.rint(values)).all() else None
 
 
+def _border(voxels: np.ndarray) -> np.ndarray:
+    """The voxels of the six faces, [n]."""
+    return np.concatenate([np.take(voxels, end, axis).ravel() for axis in range(3) for end in (0, -1)])
+
+
+def _clear_outside(image: _Image) -> None:
+    """Set NaN or infinity to 0 where it is the background: on most of the border, and what hangs together with that."""
+    if image.voxels.dtype.kind != "f" or (bad := ~np.isfinite(image.voxels)).sum() == 0 or _border(bad).mean() < 0.5:
+        return
+    parts, _ = ndimage.label(bad)
+    outside = np.isin(parts, np.setdiff1d(_border(parts), 0))
+    image.volume.voxels = np.where(outside, 0, image.voxels)
+    image.warn("the background is not 0 but NaN or infinite: taken as 0")
+
+
+def _clear_background(image: _Image, low: float, high: float) -> bool:
+    """Set a background of one value, or of slight noise around one, to 0; voxels of 0 in the brain stay foreground."""
+    border = _border(image.voxels).astype(np.float64)
+    value = float(np.median(border))
+    apart = np.abs(border - value)
+    noise = 0.0 if np.mean(apart == 0) >= 0.5 else 8 * float(np.quantile(apart, 0.75))
+    if (value == 0 and noise == 0) or noise > MOST_NOISE * max(high - value, value - low):
+        return False
+    background = np.abs(image.voxels - value) <= noise if noise else image.voxels == value
+    inside = np.where(image.voxels == 0, MOST_NOISE * (high - low), image.voxels)
+    image.volume.voxels = np.where(background, 0, inside if value else image.voxels)
+    image.warn(f"the background is not 0 but {value:.4g}" + (" with noise" if noise else "") + ": taken as 0")
+    return True
+
+
+def _check_size(subject: str, image: _Image) -> None:
+    size, spacing = np.array(image.voxels.shape), nib.affines.voxel_sizes(image.affine)
+    if size.min() < LEAST_SIZE:
+        reason = (
+            f"{image.what} has {_size(image.voxels.shape)} voxels; fewer than {LEAST_SIZE} along an axis are no brain"
+        )
+        raise SubjectError(subject, image.file, reason, "Give the whole volume, not slices or a corner of it")
+    if spacing.min() < SPACINGS_MM[0] or spacing.max() > SPACINGS_MM[1] or (size * spacing).max() > MOST_MM:
+        sizes = " x ".join(f"{mm:.3g}" for mm in spacing)
+        reason = f"{image.what} has voxels of {sizes} mm, {_size(image.voxels.shape)} of them: that is no head"
+        raise SubjectError(subject, image.file, reason, "Correct the voxel sizes in the header; they are in mm")
+
+
+def _turn(image: _Image, grid: _Image) -> None:
+    """Bring an image stored along other axes of the same grid into line with it."""
+    axes = np.linalg.inv(grid.affine[:3, :3]) @ image.affine[:3, :3]
+    order = np.abs(axes).argmax(axis=0)
+    if sorted(order) != [0, 1, 2] or np.allclose(axes, np.eye(3), atol=0.1):
+        return
+    turn = np.column_stack([order, np.sign(axes[order, range(3)])])
+    affine = image.affine @ nib.orientations.inv_ornt_aff(turn, image.voxels.shape)
+    voxels = nib.orientations.apply_orientation(image.voxels, turn)
+    if _same_grid(grid, voxels.shape, affine):
+        before, after = ("".join(nib.aff2axcodes(one)) for one in (image.affine, affine))
+        image.volume.voxels, image.volume.affine = voxels, affine
+        image.warn(f"stored in another orientation of the same grid ({before}): brought into line ({after})")
+
+
 def _check_different_voxels(subject: str, images: list[_Image]) -> None:
-    seen: dict[bytes, _Image] = {}
-    for image in images:
-        first = seen.setdefault(image.digest, image)
-        if first is not image:
+    for first, image in combinations(images, 2):
+        sample = (slice(None, None, 7),) * 3  # settles nearly every pair
+        if all(np.array_equal(first.voxels[part], image.voxels[part]) for part in (sample, ...)):
             reason = f"{image.what} and {first.what} ({os.path.basename(first.file)}) hold the very same voxels"
             raise SubjectError(subject, image.file, reason, "One was copied over the other: find the right file")
 
 
-def _common_grid(subject: str, images: list[_Image]) -> _Image:
-    """The grid most images agree on, so that the odd one out is the one that is named."""
-    grid = max(images, key=lambda image: sum(_same_grid(image, other.shape, other.affine) for other in images))
+def _compare_brains(images: list[_Image]) -> None:
+    """Warn of an image that is 0 in much of what the others show."""
+    shown = [image.voxels != 0 for image in images]
+    union = max(1, np.count_nonzero(np.logical_or.reduce(shown)))
+    for image, mask in zip(images, shown, strict=True):
+        if (share := np.count_nonzero(mask) / union) < LEAST_SHARED_BRAIN:
+            image.warn(f"is 0 in {100 * (1 - share):.0f} % of the brain that the others show: check its brain mask")
+
+
+def _check_grids(subject: str, images: list[_Image]) -> None:
+    """Compare with the grid most images agree on, so that the odd one out is the one that is named."""
+    grid = max(images, key=lambda image: sum(_same_grid(image, o.voxels.shape, o.affine) for o in images))
     for image in images:
-        _check_grid(subject, grid, image.what, image.file, image.shape, image.affine)
-    return grid
+        _check_grid(subject, grid, image)
 
 
 def _same_grid(grid: _Image, shape: tuple[int, ...], affine: np.ndarray) -> bool:
-    return grid.shape == shape and np.allclose(grid.affine, affine, rtol=0, atol=GRID_TOLERANCE)
+    return grid.voxels.shape == shape and np.allclose(grid.affine, affine, rtol=0, atol=GRID_TOLERANCE)
 
 
-def _check_grid(subject: str, grid: _Image, what: str, file: str, shape: tuple[int, ...], affine: np.ndarray) -> None:
+def _check_grid(subject: str, grid: _Image, image: _Image) -> None:
+    shape, affine = image.voxels.shape, image.affine
     if _same_grid(grid, shape, affine):
         return
-    if grid.shape != shape:
-        difference = f"shape {_size(shape)}, that of {grid.what} is {_size(grid.shape)}"
+    if grid.voxels.shape != shape:
+        difference = f"shape {_size(shape)}, that of {grid.what} is {_size(grid.voxels.shape)}"
     else:
         difference = f"affine differs from that of {grid.what} by up to {np.abs(affine - grid.affine).max():.3g}"
-    reason = f"{what} is on another grid: {difference} ({os.path.basename(grid.file)})"
-    raise SubjectError(subject, file, reason, "Register and resample all files of the subject to one grid")
+    reason = f"{image.what} is on another grid: {difference} ({os.path.basename(grid.file)})"
+    raise SubjectError(subject, image.file, reason, "Register and resample all files of the subject to one grid")
 
 
 def _size(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _geometry(grid: _Image) -> dict[str, Any]:
-    return {
-        "shape": [int(n) for n in grid.shape],
-        "spacing": [round(float(mm), 6) for mm in nib.affines.voxel_sizes(grid.affine)],
-        "orientation": "".join(nib.aff2axcodes(grid.affine)),
-    }
-
-
-def _image_warnings(images: list[_Image]) -> list[str]:
-    warnings = [
-        f"{image.what}: only {100 * image.background:.1f} % of voxels are 0, so the skull is probably not stripped"
-        for image in images
-        if image.background < LEAST_BACKGROUND
-    ]
-    return warnings + [
-        f"{image.what}: the header has neither sform nor qform, so left and right are a guess"
-        for image in images
-        if not image.oriented
-    ]
-
-
 MOST_MASK_VALUES = 16
+LABEL_TOLERANCE = 0.02
 
 
 def check_labels(
@@ -201,15 +337,22 @@ def check_labels(
 
 
 def _count_labels(subject: Subject, voxels: np.ndarray) -> dict[int, int]:
-    values, counts = np.unique(voxels[voxels != 0], return_counts=True)
-    if values.size > MOST_MASK_VALUES:
-        reason = f"the mask holds {values.size} distinct values from {values[0]:g} to {values[-1]:g}, as an image does"
+    """Voxels of each label; a tool that stored labels with a slope gives 0.9999 back for 1."""
+    stored, counts = np.unique(voxels[voxels != 0], return_counts=True)
+    values = np.rint(stored)
+    if np.unique(values).size > MOST_MASK_VALUES:
+        reason = f"the mask holds {stored.size} distinct values from {stored[0]:g} to {stored[-1]:g}, as an image does"
         raise SubjectError(subject.name, str(subject.label), reason, "Check whether image and mask were swapped")
-    if (values != np.rint(values)).any():
-        reason = f"the mask holds values that are no whole numbers ({', '.join(f'{v:g}' for v in values)})"
+    if (between := stored[np.abs(stored - values) > LABEL_TOLERANCE]).size:
+        shown = ", ".join(f"{v:.6g}" for v in between[:MOST_LABELS]) + (", …" if between.size > MOST_LABELS else "")
         remedy = "Resample masks with nearest neighbour, and save them as integers"
+        reason = f"the mask holds values that are no whole numbers ({shown})"
         raise SubjectError(subject.name, str(subject.label), reason, remedy)
-    return {int(value): int(count) for value, count in zip(values, counts, strict=True)}
+    labels: Counter[int] = Counter()
+    for value, count in zip(values, counts, strict=True):
+        labels[int(value)] += int(count)
+    labels.pop(0, None)
+    return dict(labels)
 
 
 def _check_unknown(subject: Subject, unknown: dict[int, int], unknown_labels: str) -> list[str]:
@@ -230,7 +373,7 @@ def _check_empty(subject: Subject, allow_empty_mask: bool) -> str:
 
 
 T = TypeVar("T")
-MOST_WORKERS = 8
+MOST_WORKERS = 4
 MOST_LINES = 10
 
 logger = logging.getLogger("comnet")
@@ -243,7 +386,7 @@ def check_subjects(
 
     Args:
         subjects: what to check.
-        num_workers: threads; by default one per processor core, at most 8, as each holds an image in memory.
+        num_workers: threads; by default one per processor core, at most 4, as each holds a subject's images in memory.
         progress: show a bar with the time left on a terminal.
         options: passed on to `check_subject`.
 
@@ -256,6 +399,10 @@ def check_subjects(
             return check_subject(subject, **options)
         except SubjectError as error:
             return Exclusion.of(error)
+        except Exception as error:  # a fault of ours, or of the machine, must not cost the other subjects
+            logger.debug("%s: the check failed", subject.name, exc_info=True)
+            reason = f"the check itself failed ({type(error).__name__}: {error})"
+            return Exclusion(subject.name, os.path.dirname(subject.images[0]), reason, "Report this, with the message")
 
     workers = num_workers or min(MOST_WORKERS, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:

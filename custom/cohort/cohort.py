@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from ..files import UserError
-from .checks import check_subjects
 from .datalist import build_datalist, load_datalist, with_absolute_paths, write_datalist
 from .layouts import DatasetDir, PathLike, find_subjects
 from .subject import Exclusion
@@ -24,7 +22,7 @@ class Cohort:
     """Checked subjects of a dataset, in folds.
 
     Construction reads nothing. The first use of `training`, `validation` or `subjects` loads the datalist, or builds
-    it, which reads every file of the dataset once; the first use of `inputs` reads every image.
+    it, which reads every file of the dataset once; `inputs` only looks for names.
 
     Args:
         dataset_dir: a folder of subject folders, one subject's own folder, or a list of such folders; for `inputs`
@@ -96,9 +94,10 @@ class Cohort:
         return copy.deepcopy(self._datalist["training"])
 
     def inputs(self) -> list[Item]:
-        """Items to infer on: "subject", "image" (four absolute paths) and "warnings". Masks are not read.
+        """Items to infer on, found by name alone: "subject" and "image" (four absolute paths). Masks are not looked at.
 
-        Every image is checked. Subjects that fail are in `exclusions` and in the log; where all do, there are no items.
+        Nothing is opened: each subject is checked as it is loaded, see `custom.transforms.LoadSubjectd`. Folders whose
+        files do not tell four modalities are in `exclusions` and in the log.
 
         Raises:
             ValueError: nothing there could be a subject.
@@ -108,17 +107,11 @@ class Cohort:
 
     @cached_property
     def _inputs(self) -> list[Item]:
-        subjects, nameless = find_subjects(self.dataset_dir, self.layout, self.palette, require_label=False)
-        unlabelled = [replace(subject, label=None, label_source=None) for subject in subjects]
-        kept, faulty = check_subjects(unlabelled, self.num_workers, self.progress)
-        self.exclusions = sorted([*nameless, *faulty], key=lambda exclusion: (exclusion.subject, exclusion.file))
-        logger.info("%s: %d subjects to infer on, %d excluded", self.dataset_dir, len(kept), len(self.exclusions))
+        subjects, self.exclusions = find_subjects(self.dataset_dir, self.layout, self.palette, require_label=False)
+        logger.info("%s: %d subjects to infer on, %d excluded", self.dataset_dir, len(subjects), len(self.exclusions))
         for exclusion in self.exclusions:
             logger.warning("excluded: %s", exclusion)
-        return [
-            {"subject": subject.name, "image": list(subject.images), "warnings": facts["warnings"]}
-            for subject, facts in kept
-        ]
+        return [{"subject": subject.name, "image": list(subject.images)} for subject in subjects]
 
     @cached_property
     def _datalist(self) -> dict[str, Any]:

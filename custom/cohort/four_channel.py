@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
 import numpy as np
 
 from ..files import UserError
-from ..inference.writer import image_like, write_whole
-from . import MODALITIES, Cohort, check_subject, subject_from_files
+from .checks import read_scan
+from .cohort import Cohort
+from .layouts import subject_from_files
+from .subject import MODALITIES, Exclusion, SubjectError
+from .volumes import image_like, write_whole
 
 logger = logging.getLogger("comnet")
 
@@ -68,48 +69,46 @@ def stack(
         raise UserError("give folders, or one subject by all four of --t1n --t1c --t2w --flair")
     if not inputs:
         subject = subject_from_files(**files, name=name)
-        check_subject(subject)
-        return [stack_files(subject.images, Path(output_dir) / f"{subject.name}.nii.gz")]
+        return [stack_files(subject.images, Path(output_dir) / f"{subject.name}.nii.gz", subject.name)]
     cohort = Cohort([str(folder) for folder in inputs])
-    written = [_stack_item(item, output_dir) for item in cohort.inputs()]
-    if cohort.exclusions:
-        message = f"{len(cohort.exclusions)} subjects were not stacked; the first is {cohort.exclusions[0]}"
-        raise StackingError(message, written)
+    written, failed = [], []
+    for item in cohort.inputs():
+        try:
+            written.append(stack_files(item["image"], Path(output_dir) / f"{item['subject']}.nii.gz", item["subject"]))
+        except SubjectError as error:
+            failed.append(Exclusion.of(error))
+    if failed := [*cohort.exclusions, *failed]:
+        raise StackingError(f"{len(failed)} subjects were not stacked; the first is {failed[0]}", written)
     return written
 
 
-def stack_files(images: Sequence[str], output: str | Path) -> str:
-    """Write four checked files as one, `[X, Y, Z, 4]`, on their grid, whole or not at all.
+def stack_files(images: Sequence[str], output: str | Path, subject: str = "subject") -> str:
+    """Check four files and write them as one, `[X, Y, Z, 4]`, on the grid of the first, whole or not at all.
 
     The type of the voxels is kept where all four share one that every tool reads, else it is float32. Geometry is the
     header's of the first file, field by field; free text in it, which may identify the patient, is left behind.
 
     Args:
-        images: four files in order of `MODALITIES`, of one grid (see `check_subject`).
+        images: four files in order of `MODALITIES`.
         output: file to write, ending in .nii or .nii.gz.
+        subject: named in errors.
 
     Returns:
         The file written.
 
     Raises:
-        ValueError: not one file a modality, or the output is one of them.
-        OSError: a file cannot be read or written.
+        SubjectError: see `read_scan`.
+        ValueError: the output is one of the images.
+        OSError: the file cannot be written.
     """
-    if len(images) != len(MODALITIES):
-        raise UserError(f"{len(images)} files given, one each needed for {', '.join(MODALITIES)}")
     if Path(output).resolve() in [Path(image).resolve() for image in images]:
         raise UserError(f"{output} is one of the images: choose another name for the stack")
-    loaded = [nib.load(image) for image in images]
-    voxels = [np.asanyarray(image.dataobj) for image in loaded]
-    types = {str(array.dtype.newbyteorder("=")) for array in voxels}
+    scan = read_scan(subject, images)
+    for warning in scan.warnings:
+        logger.warning("%s: %s", subject, warning)
+    types = {str(array.dtype.newbyteorder("=")) for array in scan.images}
     dtype = types.pop() if len(types) == 1 and types <= set(KEPT_TYPES) else "float32"
-    image = image_like(np.stack(voxels, axis=-1).astype(dtype), loaded[0].header)
+    image = image_like(np.stack(scan.images, axis=-1).astype(dtype), scan.header)
     image.header["descrip"] = ", ".join(MODALITIES).encode()
     write_whole(image, Path(output))
     return str(output)
-
-
-def _stack_item(item: dict[str, Any], output_dir: str) -> str:
-    for warning in item["warnings"]:
-        logger.warning("%s: %s", item["subject"], warning)
-    return stack_files(item["image"], Path(output_dir) / f"{item['subject']}.nii.gz")

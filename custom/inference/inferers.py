@@ -151,7 +151,7 @@ class SubjectEvaluator(SupervisedEvaluator):
 
 def describe(error: BaseException) -> str:
     """Say in one line what went wrong: the innermost cause, with advice where memory ran out."""
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not isinstance(error, UserError):
         error = error.__cause__
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error):
         return f"out of memory: {CUDA_MEMORY_ADVICE}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import warnings
 from collections.abc import Mapping
@@ -16,12 +15,7 @@ from monai.data import ImageWriter, NibabelWriter
 from monai.utils import convert_to_numpy, ensure_tuple, get_equivalent_dtype
 
 from .. import __version__
-from ..files import FileError, UserError, whole_file
-
-SPATIAL_FIELDS = (
-    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
-    *("sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units"),
-)
+from ..cohort.volumes import image_like, write_whole
 
 
 class NativeGridWriter(NibabelWriter):
@@ -92,25 +86,6 @@ class NativeGridWriter(NibabelWriter):
         write_whole(image, Path(filename))
 
 
-def write_whole(image: nib.Nifti1Image, path: Path) -> None:
-    """Save `image` as `path`, whole or not at all.
-
-    Raises:
-        ValueError: `path` ends in neither .nii nor .nii.gz.
-        FileError: it cannot be written; nothing is left behind, and a file already there stays as it was.
-    """
-    if not path.name.lower().endswith((".nii.gz", ".nii")):
-        raise UserError(f"{path}: only NIfTI is written; use a name that ends in .nii.gz or .nii")
-    try:
-        with whole_file(path) as partial:
-            nib.save(image, partial)
-    except OSError as error:
-        remedy = "choose a folder that is writable and has space"
-        raise FileError(
-            error.errno or errno.EIO, f"cannot write {path} ({error.strerror or error}): {remedy}"
-        ) from error
-
-
 def _source(meta: Mapping | None) -> Path | None:
     names = ensure_tuple((meta or {}).get("filename_or_obj"))
     return Path(names[0]) if names and isinstance(names[0], (str, os.PathLike)) else None
@@ -154,15 +129,3 @@ def _image_at(array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
     image.set_sform(affine, code="scanner")
     image.header.set_xyzt_units("mm")
     return image
-
-
-def image_like(array: np.ndarray, source: nib.Nifti1Header) -> nib.Nifti1Image:
-    """Make an image of voxels with the geometry of a header, field by field, and nothing else of it."""
-    image_class = nib.Nifti2Image if isinstance(source, nib.Nifti2Header) else nib.Nifti1Image
-    header = image_class.header_class()
-    header.set_data_dtype(array.dtype)
-    header.set_data_shape(array.shape)
-    for field in SPATIAL_FIELDS:
-        header[field] = source[field]
-    header["pixdim"][:4] = source["pixdim"][:4]
-    return image_class(array, None, header)

@@ -65,7 +65,7 @@ class CalibrationErrord(MapTransform):
     Args:
         keys: one item of probabilities, ``[3, *spatial]``, on the input's own grid.
         label_key: reference regions, binary, the same shape.
-        brain_key: mask from :class:`custom.transforms.KeepBraind`, ``[1, *spatial]``.
+        brain_key: mask from :class:`custom.transforms.LoadSubjectd`, ``[1, *spatial]``.
         output_key: item that receives ``{"ET": error, "TC": error, "WT": error}``, each in [0, 1].
         brier_key: item that receives the Brier scores in the same form.
         num_bins: of equal width over [0, 1].

@@ -48,9 +48,7 @@ class TestDatasetFolder:
             (dataset / name / "T2.nii.gz").write_bytes(b"")
         with pytest.raises(ValueError, match=r"no usable subject .* all 3 are excluded. A1: .*T2.nii.gz: not a whole"):
             build_datalist(dataset)
-        data = Cohort(dataset, progress=False)
-        assert data.inputs() == []
-        assert [exclusion.subject for exclusion in data.exclusions] == ["A1", BAD, "C3"]
+        assert len(Cohort(dataset).inputs()) == 3  # found by name; each is refused when its turn comes
 
     def test_subjects_lie_a_level_too_deep(self, dataset: Path) -> None:
         with pytest.raises(ValueError, match=r"data: .*holds no .nii.*give it as dataset_dir"):

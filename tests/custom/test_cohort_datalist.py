@@ -223,7 +223,6 @@ class TestCohort:
         assert data.inputs()[0] == {
             "subject": "S0",
             "image": [str(dataset / "S0" / f"{stem}.nii.gz") for stem in STEMS["plain"][:4]],
-            "warnings": [],
         }
         assert data.exclusions == []
 

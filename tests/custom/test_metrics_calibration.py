@@ -16,7 +16,7 @@ from monai.data import MetaTensor
 from custom.batch import Ledger
 from custom.cohort import REGIONS
 from custom.metrics import CalibrationErrord, calibration_columns, calibration_scores
-from custom.transforms import KeepBraind, MaskToBraind
+from custom.transforms import MaskToBraind
 from custom.weights import save_atomically
 
 GRID = (6, 7, 8)
@@ -111,9 +111,8 @@ def test_unusable_input_is_refused(
 
 def test_transform_from_json_measures_what_the_chain_holds() -> None:
     probabilities, reference, brain = subject(3)
-    image = MetaTensor(torch.from_numpy(brain * -0.5).repeat(4, 1, 1, 1))
-    item = {"image": image, "pred": MetaTensor(probabilities), "label": torch.from_numpy(reference).byte()}
-    item = MaskToBraind("pred")(KeepBraind("image")(item))
+    item = {"pred": MetaTensor(probabilities), "label": torch.from_numpy(reference).byte()}
+    item = MaskToBraind("pred")(item | {"brain": torch.from_numpy(brain).byte().reshape(1, *reference.shape[1:])})
     parser = ConfigParser({"calibration": {"_target_": "custom.metrics.CalibrationErrord", "keys": "pred"}})
     result = parser.get_parsed_content("calibration")(item)
     expected = calibration_scores(probabilities, reference, brain)

@@ -125,7 +125,7 @@ def test_an_input_is_never_overwritten_and_a_failed_write_leaves_nothing(subject
     images = list(paths(subject).values())
     with pytest.raises(ValueError, match="is one of the images"):
         stack_files(images, images[0])
-    with pytest.raises(ValueError, match="3 files given"):
+    with pytest.raises(ValueError, match="3 images, not one each"):
         stack_files(images[:3], tmp_path / "x.nii.gz")
 
     def stop(image, path):

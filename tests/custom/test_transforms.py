@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import builtins
+
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
-from monai.transforms import Compose, CropForegroundd, Invertd, NormalizeIntensityd, Orientationd
+from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
+from monai.transforms import Compose, CropForegroundd, Invertd, LoadImaged, NormalizeIntensityd, Orientationd
 
+from custom.cohort import SubjectError
+from custom.cohort.four_channel import stack_files
+from custom.phantom import write_phantom
+from custom.phantom.dataset import IMAGE_FILES
 from custom.transforms import (
-    CheckModalitiesd,
-    KeepBraind,
-    KeepSubjectNamed,
     LabelMapToRegionsd,
+    LoadSubjectd,
     MaskToBraind,
     RandTorchIOd,
     ResampleToSpacingd,
@@ -60,20 +65,67 @@ def test_negative_intensities_are_foreground():
     assert nonzero_voxels(torch.tensor([-1.0, 0.0, 2.0])).tolist() == [True, False, True]
 
 
-def test_probabilities_end_where_the_brain_ends():
-    source = image()
-    source[1:, 4:8] = 0
-    kept = KeepBraind("image")({"image": source})
-    masked = MaskToBraind("pred")(kept | {"pred": torch.full((3, 20, 24, 18), 0.7)})["pred"]
-    assert kept["brain"].shape == (1, 20, 24, 18)
-    assert torch.equal(masked > 0, (source.as_tensor() != 0).any(0).expand(3, -1, -1, -1))
+@pytest.fixture
+def files(tmp_path):
+    folder = write_phantom(tmp_path, "BT0007", (16, 18, 14), (9.0, 8.0, 10.0), "PIR", 1, oblique_degrees=12.0)
+    return [str(folder / name) for name in IMAGE_FILES]
+
+
+def test_a_subject_is_loaded_as_monai_loads_it(files):
+    loaded = LoadSubjectd("image")({"image": files, "subject": "Ada", "note": "kept"})
+    expected = LoadImaged("image", ensure_channel_first=True)({"image": files})["image"]
+    assert torch.equal(loaded["image"].as_tensor(), expected.as_tensor()) and loaded["image"].dtype == torch.float32
+    for key in ("affine", "original_affine", "spatial_shape"):
+        np.testing.assert_array_equal(loaded["image"].meta[key], expected.meta[key])
+    for key in ("space", "filename_or_obj", "original_channel_dim"):
+        assert loaded["image"].meta[key] == expected.meta[key]
+    assert (loaded["subject"], loaded["image"].meta["subject"], loaded["note"]) == ("Ada", "Ada", "kept")
+    assert loaded["warnings"] == []
+
+
+def test_each_file_is_opened_once(files, monkeypatch):
+    opened = []
+    genuine = builtins.open
+    monkeypatch.setattr(builtins, "open", lambda file, *a, **k: opened.append(str(file)) or genuine(file, *a, **k))
+    LoadSubjectd("image")({"image": files})
+    assert [file for file in opened if file.endswith(".nii.gz")] == files
+
+
+def test_one_file_with_four_channels_is_the_same_subject(files, tmp_path):
+    stacked = stack_files(files, tmp_path / "study.nii.gz")
+    one, four = (LoadSubjectd("image")({"image": given}) for given in (stacked, files))
+    assert torch.equal(one["image"].as_tensor(), four["image"].as_tensor())
+    np.testing.assert_array_equal(one["image"].affine, four["image"].affine)
+    assert (one["subject"], one["image"].meta["filename_or_obj"]) == ("study", stacked)
+
+
+def test_what_is_odd_travels_through_a_loader(files):
+    for file in files[:1]:
+        image = nib.load(file)
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[..., None], image.affine), file)
+    for batch in DataLoader(Dataset([{"image": files}], LoadSubjectd("image")), batch_size=1):
+        (item,) = decollate_batch(batch)
+    assert item["warnings"] == ["t1n: a fourth axis of length 1 was taken off (16 x 18 x 14 x 1)"]
+
+
+def test_probabilities_end_where_the_brain_ends(files):
+    loaded = LoadSubjectd("image")({"image": files})
+    brain = (loaded["image"].as_tensor() != 0).any(0)
+    masked = MaskToBraind("pred")(loaded | {"pred": torch.full((3, 16, 18, 14), 0.7)})["pred"]
+    assert loaded["brain"].shape == (1, 16, 18, 14) and 0 < brain.sum() < brain.numel()
+    assert torch.equal(masked > 0, brain.expand(3, -1, -1, -1))
     assert masked.max() == pytest.approx(0.7)
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8, 8), (4, 8, 8), (1, 8, 8, 8)])
-def test_wrong_number_of_modalities_is_refused(shape):
-    with pytest.raises(ValueError, match=r"expected \(4, x, y, z\).*t1n, t1c, t2w, flair"):
-        CheckModalitiesd("image")({"image": torch.zeros(shape)})
+def test_wrong_number_of_modalities_is_refused(files, tmp_path):
+    with pytest.raises(SubjectError, match=r"Ada: .*3 images, not one each for t1n, t1c, t2w, flair"):
+        LoadSubjectd("image")({"image": files[:3], "subject": "Ada"})
+    image = nib.load(files[0])
+    nib.save(nib.Nifti1Image(np.stack([np.asarray(image.dataobj)] * 3, -1), image.affine), tmp_path / "three.nii.gz")
+    with pytest.raises(SubjectError, match=r"three: .*3 channels, not one each for t1n, t1c, t2w, flair"):
+        LoadSubjectd("image")({"image": str(tmp_path / "three.nii.gz")})
+    with pytest.raises(SubjectError, match=r"has 3 dimensions .*not 4"):
+        LoadSubjectd("image")({"image": files[0]})
 
 
 def test_one_millimetre_input_is_not_resampled():
@@ -160,9 +212,8 @@ def test_probability_zero_never_transforms():
     assert transform({"image": source, "label": source})["image"] is source
 
 
-def test_outputs_are_named_by_subject_else_by_file():
-    named = KeepSubjectNamed("image")({"image": image(), "subject": "BT0001"})
+def test_outputs_are_named_by_subject_else_by_file(files, tmp_path):
+    named = LoadSubjectd("image")({"image": files, "subject": "BT0001"})
     assert output_name(named["image"].meta) == {"subject": "BT0001", "idx": None}
-    unnamed = image()
-    unnamed.meta["filename_or_obj"] = "folder/case.nii.gz"
-    assert KeepSubjectNamed("image")({"image": unnamed})["subject"] == "case"
+    case = stack_files(files, tmp_path / "folder" / "case.nii.gz")
+    assert LoadSubjectd("image")({"image": case})["subject"] == "case"
