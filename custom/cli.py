@@ -88,7 +88,7 @@ def ensemble_settings(weights: Weights) -> dict[str, Any]:
     """
     settings = weights.settings
     if "corrector" not in settings:  # MONAI drops an override of None
-        settings |= {"corrector": "$None", "network_def#corrector": "$None", "ledger#model": "MedNeXt ensemble"}
+        settings |= {"corrector": "$None", "network_def#corrector": "$None", "batch#model": "MedNeXt ensemble"}
     print(f"weights: {weights.note}", file=sys.stderr)
     return settings
 
@@ -363,7 +363,7 @@ def _step_job(make: Any, run: Path, number: int, name: str) -> Any:
     networks = {key: parts[key] for key in ("backbone", "corrector", "spacing", "patch_size", "num_workers")}
     output = run / "steps" / f"{number + 1}"
     places = {"dataset_dir": run / "held_out", "weights_dir": run / weights, "output_dir": output}
-    facts = {"num_folds": 1 if weights.startswith("comnet") else 5, "ledger#model": name}
+    facts = {"num_folds": 1 if weights.startswith("comnet") else 5, "batch#model": name}
     return make(
         f"score_step{number + 1}",
         run,

@@ -54,6 +54,37 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+_LOCKS: dict[str, int] = {}
+
+
+def lock_folder(folder: str | Path) -> None:
+    """Keep other processes from working in ``folder`` until this one ends, however it ends.
+
+    The lock hangs on the folder itself: no file of it can be left behind. Where the system has no such locks (Windows,
+    some network drives) nothing is kept out.
+
+    Raises:
+        FileError: another process is working there.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    place = os.path.realpath(folder)
+    if place in _LOCKS:
+        return
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise FileError(error.errno, f"another process is working in {folder}: wait for it") from error
+    except OSError:
+        os.close(handle)
+        return
+    _LOCKS[place] = handle
+
+
 def copy_file(source: str | Path, target: str | Path) -> None:
     """Copy a file's content, whole or not at all."""
     with whole_file(target) as temporary:

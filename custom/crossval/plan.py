@@ -167,7 +167,7 @@ class _Planner:
         checkpoint = fold_checkpoint(self.run_dir / model, fold)
         scores = self.run_dir / model / "scores"
         places = {"dataset_dir": self.subjects.dataset_dir, "datalist_file": self.subjects.datalist_file}
-        settings = {"fold": fold, "cohort#num_folds": self.subjects.num_folds, "ledger#model": MODELS[model]}
+        settings = {"fold": fold, "cohort#num_folds": self.subjects.num_folds, "batch#model": MODELS[model]}
         return Job(
             f"score_{model}_fold{fold}",
             self.run_dir,

@@ -1,6 +1,14 @@
 """From a subject to its label map: windows, a loop that one bad subject cannot stop, cleaned regions, native grid."""
 
-from .inferers import FewWindowsInferer, SubjectDataset, SubjectEvaluator, WholeVolumeInferer, describe
+from .inferers import (
+    SUBJECT_KEY,
+    FewWindowsInferer,
+    SubjectDataset,
+    SubjectEvaluator,
+    SubjectLoader,
+    WholeVolumeInferer,
+    describe,
+)
 from .postprocess import (
     PostprocessRegions,
     PostprocessRegionsd,
@@ -10,15 +18,18 @@ from .postprocess import (
     regions_to_label_map,
     remove_small_components,
 )
-from .writer import NativeGridWriter
+from .writer import NativeGridWriter, SaveSubjectd
 
 __all__ = [
+    "SUBJECT_KEY",
     "FewWindowsInferer",
     "NativeGridWriter",
     "PostprocessRegions",
     "PostprocessRegionsd",
+    "SaveSubjectd",
     "SubjectDataset",
     "SubjectEvaluator",
+    "SubjectLoader",
     "WholeVolumeInferer",
     "clean_regions",
     "describe",

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from ignite.engine import Events
-from monai.data import Dataset, MetaTensor
+from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
 from monai.inferers import Inferer, sliding_window_inference
 from monai.utils import BlendMode, convert_to_dst_type
@@ -22,6 +24,7 @@ logger = logging.getLogger("comnet")
 
 SUBJECT_KEY = "subject"
 FAILURE_KEY = "failure"
+WARNINGS_KEY = "warnings"
 CUDA_MEMORY_ADVICE = "use a smaller patch_size (--patch_size '[96,96,96]'), or the CPU"
 
 
@@ -104,12 +107,46 @@ class FewWindowsInferer(WholeVolumeInferer):
         return -(-(length + (count - 1) * self.overlap) // (count * self.divisor)) * self.divisor
 
 
+class SubjectLoader(DataLoader):
+    """Loader of one subject at a time that prepares the next one in a thread while the network computes.
+
+    A process for it would need shared memory, which containers have little of (Docker's /dev/shm holds 64 MB, a subject
+    takes more), and everything it is given to be pickled, where processes are not forked.
+
+    Args:
+        dataset: the subjects.
+        num_workers: 0 prepares each subject when its turn comes; any other number reads one ahead.
+    """
+
+    def __init__(self, dataset: Dataset, num_workers: int = 1) -> None:
+        super().__init__(dataset, batch_size=1, num_workers=0)
+        self.reads_ahead = num_workers > 0
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield each subject as a batch of one, in order."""
+        if not self.reads_ahead:
+            yield from super().__iter__()
+            return
+        with ThreadPoolExecutor(1, "subjects") as pool:
+            ahead = pool.submit(self._batch, 0)
+            for index in range(1, len(self) + 1):
+                batch = ahead.result()
+                if index < len(self):
+                    ahead = pool.submit(self._batch, index)
+                yield batch
+                del batch
+
+    def _batch(self, index: int) -> Any:
+        return self.collate_fn([self.dataset[index]])
+
+
 class SubjectDataset(Dataset):
     """Dataset for which a subject that cannot be read or preprocessed is an item that says so, not an exception."""
 
     def _transform(self, index: int) -> Any:
         try:
-            return super()._transform(index)
+            item = super()._transform(index)
+            return item | {WARNINGS_KEY: "\n".join(item.get(WARNINGS_KEY, ()))}  # MONAI cannot decollate empty lists
         except Exception as error:
             return {SUBJECT_KEY: self.data[index].get(SUBJECT_KEY, str(index)), FAILURE_KEY: describe(error)}
 
@@ -117,9 +154,9 @@ class SubjectDataset(Dataset):
 class SubjectEvaluator(SupervisedEvaluator):
     """MONAI's evaluator for a batch of subjects: a subject that fails is recorded, and the next one follows.
 
-    After a subject, ``engine.state.failure`` is ``None`` or the reason why it failed, and ``engine.state.subject`` its
-    name. ``failures`` collects them. Failures in reading, in the network and in postprocessing (writing included) are
-    all caught; an interruption (Ctrl-C) is not.
+    After a subject, ``engine.state.failure`` is ``None`` or the reason why it failed, ``engine.state.subject`` its name
+    and ``engine.state.warnings`` what is odd about its images. ``failures`` collects the reasons. Failures in reading,
+    in the network and in postprocessing (writing included) are all caught; an interruption (Ctrl-C) is not.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -135,6 +172,7 @@ class SubjectEvaluator(SupervisedEvaluator):
     def _iteration(self, engine: SupervisedEvaluator, batchdata: Mapping[str, Any]) -> Any:
         engine.state.subject = _first(batchdata.get(SUBJECT_KEY, engine.state.iteration))
         engine.state.failure = _first(batchdata.get(FAILURE_KEY))
+        engine.state.warnings = (_first(batchdata.get(WARNINGS_KEY)) or "").splitlines()
         output: Any = {}
         if engine.state.failure is None:
             try:
@@ -155,7 +193,10 @@ def describe(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error):
         return f"out of memory: {CUDA_MEMORY_ADVICE}"
-    text = " ".join(str(error).split())
+    text = str(error)
+    if "Traceback (most recent call last)" in text:  # MONAI's SaveImage tells errors so
+        return re.sub(r"^custom\.files\.\w+: ", "", text.strip().splitlines()[-1])
+    text = " ".join(text.split())
     return f"{type(error).__name__}: {text}" if not isinstance(error, ValueError) else text
 
 

@@ -129,12 +129,14 @@ class PostprocessRegions(Transform):
         self.min_volume_mm3 = _per_region(min_volume_mm3)
         self.fill_holes = _per_region(fill_holes)
         self.palette = palette
+        self.erased: list[str] = []
         palette_values(palette)
 
     def __call__(self, probabilities: NdarrayOrTensor) -> NdarrayOrTensor:
         """Return the label map `[1, X, Y, Z]` uint8 of `probabilities` `[3, X, Y, Z]`, in the same kind of array.
 
-        Metadata of a `MetaTensor` are kept. A region that loses all its components is logged as a warning.
+        Metadata of a `MetaTensor` are kept. Regions that lose all their components are logged as a warning; their names
+        are in `erased` until the next call.
 
         Raises:
             ValueError: the shape is another one, or a value is NaN or outside [0, 1] (logits, for instance).
@@ -143,9 +145,11 @@ class PostprocessRegions(Transform):
         cleaned = clean_regions(
             regions, [self._min_voxels(probabilities, v) for v in self.min_volume_mm3], self.fill_holes
         )
-        for name, before, after in zip(REGIONS, regions, cleaned, strict=True):
-            if before.any() and not after.any():
-                logger.warning("%s: %s had only small components and is now empty", _name(probabilities), name)
+        pairs = zip(REGIONS, regions, cleaned, strict=True)
+        self.erased = [name for name, before, after in pairs if before.any() and not after.any()]
+        if self.erased:
+            regions_lost = " and ".join(self.erased)
+            logger.warning("%s: %s had only small components and is now empty", _name(probabilities), regions_lost)
         return convert_to_dst_type(regions_to_label_map(cleaned, self.palette)[None], probabilities, dtype=np.uint8)[0]
 
     def _threshold(self, probabilities: torch.Tensor) -> np.ndarray:
@@ -193,10 +197,11 @@ class PostprocessRegionsd(MapTransform):
         self.postprocess = PostprocessRegions(thresholds, min_volume_mm3, fill_holes, palette)
 
     def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
-        """Return a copy of `data` with the keys' probabilities replaced by label maps."""
-        items = dict(data)
+        """Return a copy of `data` with label maps for the keys' probabilities; "erased" names regions now empty."""
+        items: dict[Hashable, Any] = {**data, "erased": []}
         for key in self.key_iterator(items):
             items[key] = self.postprocess(items[key])
+            items["erased"] += self.postprocess.erased
         return items
 
 

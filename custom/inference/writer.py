@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import warnings
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-from monai.config import DtypeLike, NdarrayOrTensor, PathLike
-from monai.data import ImageWriter, NibabelWriter
+from monai.config import DtypeLike, KeysCollection, NdarrayOrTensor, PathLike
+from monai.data import FolderLayoutBase, ImageWriter, NibabelWriter
+from monai.transforms import SaveImaged
 from monai.utils import convert_to_numpy, ensure_tuple, get_equivalent_dtype
 
 from .. import __version__
 from ..cohort.volumes import image_like, write_whole
+from ..files import UserError
+from ..transforms import output_name
+
+MARK = b"CoMNeT"
 
 
 class NativeGridWriter(NibabelWriter):
@@ -81,9 +88,63 @@ class NativeGridWriter(NibabelWriter):
         else:
             _check_grid(array.shape, affine, header, self.source)
             image = image_like(array, header)
-        image.header["descrip"] = f"CoMNeT {__version__}".encode()
+        image.header["descrip"] = MARK + f" {__version__}".encode()
         image.header.set_intent("label" if array.dtype == np.uint8 else "none")
         write_whole(image, Path(filename))
+
+
+class SubjectLayout(FolderLayoutBase):
+    """Names an output ``<output_dir>/<subject>/<subject>_<postfix>.nii.gz``, whatever dots the name has.
+
+    MONAI's `FolderLayout` takes what follows the last dot for an extension: ``1.2.826.1`` and ``1.2.826.2`` would share
+    one file.
+    """
+
+    def __init__(self, output_dir: PathLike, postfix: str) -> None:
+        self.output_dir, self.postfix = output_dir, postfix
+
+    def filename(self, subject: str, **kwargs: Any) -> PathLike:  # type: ignore[override]
+        """Path of a subject's output.
+
+        Raises:
+            UserError: a file of that name is there that is not ours.
+        """
+        path = Path(self.output_dir, subject, f"{subject}_{self.postfix}.nii.gz")
+        if os.path.lexists(path) and not is_ours(path):
+            raise UserError(f"{path} is not CoMNeT's and is not replaced: choose another output_dir, or move it away")
+        return path
+
+
+class SaveSubjectd(SaveImaged):
+    """MONAI's `SaveImaged` for results of a subject: see `SubjectLayout` and `NativeGridWriter`.
+
+    `{"_target_": "custom.inference.SaveSubjectd", "keys": "pred", "output_dir": "@output_dir", "postfix": "seg"}`
+
+    Args:
+        keys: arrays ``[C, X, Y, Z]``, label maps (integers) or probabilities (floats).
+        output_dir: folder of all outputs.
+        postfix: what the output is: "seg", "prob" or "uncertainty".
+    """
+
+    def __init__(self, keys: KeysCollection, output_dir: PathLike, postfix: str) -> None:
+        super().__init__(
+            keys,
+            output_dtype=np.uint8 if postfix == "seg" else np.float32,
+            print_log=False,
+            writer=NativeGridWriter,
+            output_name_formatter=output_name,
+            folder_layout=SubjectLayout(output_dir, postfix),
+        )
+
+
+def is_ours(path: str | os.PathLike[str]) -> bool:
+    """Whether an image was written by `NativeGridWriter`, or is none at all: it may be replaced or deleted."""
+    try:
+        return bytes(nib.load(path).header["descrip"]).startswith(MARK)
+    except (nib.filebasedimages.ImageFileError, gzip.BadGzipFile, EOFError, zlib.error):
+        return True
+    except (OSError, KeyError, ValueError):
+        return False
 
 
 def _source(meta: Mapping | None) -> Path | None:

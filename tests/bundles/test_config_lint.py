@@ -31,7 +31,7 @@ CALLS = {
 
 # A key in two complete configs of one kind has one value, but for these: what makes each bundle itself.
 OWN = {
-    *("network_def", "weights", "ledger", "handlers", "refine_regions", "thresholds", "min_volume_mm3"),
+    *("network_def", "weights", "batch", "handlers", "refine_regions", "thresholds", "min_volume_mm3"),
     *("probability_transforms", "mask_transforms", "datalist_file", "max_epochs", "warmup_epochs", "patience"),
     *("coarse", "loss", "optimizer", "provenance", "early_stop", "run"),
     *("train#preprocessing_transforms", "train#random_transforms", "train#preprocessing"),

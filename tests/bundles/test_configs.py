@@ -140,7 +140,7 @@ def test_output_settings_are_the_same_in_all_inference_configs():
         json.loads((BUNDLES / name / "configs" / "inference.json").read_text())
         for name in ("comnet_mednext", "comnet_corrdiff", "comnet_ensemble")
     )
-    weights = {"fold", "checkpoint", "weights_dir", "weights", "num_folds", "network_def", "ledger", "handlers"}
+    weights = {"fold", "checkpoint", "weights_dir", "weights", "num_folds", "network_def", "batch", "handlers"}
     tuned = {"refine_regions", "refine_each_fold", "thresholds", "min_volume_mm3"}
     for key in (set(corrdiff) | set(ensemble)) - weights - tuned:
         assert corrdiff[key] == ensemble[key], key

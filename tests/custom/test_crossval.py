@@ -77,7 +77,7 @@ class TestPlan:
         assert (train["--fold"], train["--num_folds"], train["--seed"]) == ("1", "3", "7")
         score = options(stages["score_backbones"].jobs[5])
         assert score["--checkpoint"] == "run/mednext/fold2/model.pt" and score["--output_dir"] == "run/mednext/scores"
-        assert (score["--fold"], score["--ledger#model"], score["--cohort#num_folds"]) == ("2", "MedNeXt", "3")
+        assert (score["--fold"], score["--batch#model"], score["--cohort#num_folds"]) == ("2", "MedNeXt", "3")
         corrector = options(stages["train_correctors"].jobs[0])
         assert corrector["--backbones_dir"] == "run/mednext" and corrector["--coarse_dir"] == "run/coarse"
         assert corrector["--models_dir"] == "run/comnet"

@@ -1,4 +1,4 @@
-"""Calibration against plain counting in double precision, inside a chain of postprocessing, and in the Ledger."""
+"""Calibration against plain counting in double precision, inside a chain of postprocessing, and in the Batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
-from custom.batch import Ledger
+from custom.batch import Batch
 from custom.cohort import REGIONS
 from custom.metrics import CalibrationErrord, calibration_columns, calibration_scores
 from custom.transforms import MaskToBraind
@@ -141,20 +141,18 @@ def test_columns_of_a_row() -> None:
     assert calibration_columns({"pred": 0}) == {}
 
 
-def test_ledger_keeps_them_among_the_scores(tmp_path) -> None:
+def test_batch_keeps_them_among_the_scores(tmp_path) -> None:
     weights = tmp_path / "model.pt"
     save_atomically({"model": {"w": torch.ones(1)}, "provenance": {"notes": "for tests"}}, weights)
-    book = Ledger(str(tmp_path / "out"), {"output_palette": "brats2023"}, str(weights), pictures=False)
+    book = Batch(str(tmp_path / "out"), {"output_palette": "brats2023"}, str(weights), pictures=False)
     names = ("a", "b")
     for name in names:
         (tmp_path / f"{name}.nii.gz").write_bytes(b"image")
-        (tmp_path / "out" / name).mkdir(parents=True)
-        (tmp_path / "out" / name / f"{name}_seg.nii.gz").write_bytes(b"mask")
-    book.pending([{"subject": name, "image": str(tmp_path / f"{name}.nii.gz")} for name in names])
+    book.begin([{"subject": name, "image": str(tmp_path / f"{name}.nii.gz")} for name in names])
     output = {"pred": MetaTensor(torch.zeros(1, *GRID)), "label": torch.zeros(3, *GRID)}
     measured = output | {"calibration": {"ET": 0.125, "TC": 0.25, "WT": 0.375}}
     for name, one in zip(names, (output, measured), strict=True):
-        book._finish(SimpleNamespace(state=SimpleNamespace(subject=name, failure=None, output=[one])))
+        book._finish(SimpleNamespace(state=SimpleNamespace(subject=name, failure=None, warnings=[], output=[one])))
     book.close()
     with open(tmp_path / "out" / "scores.csv", newline="") as file:
         rows = {row["subject"]: row for row in csv.DictReader(file)}

@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from custom.batch import EXIT_NONE_SEGMENTED, EXIT_SOME_FAILED, Batch
+from custom.cohort import Exclusion
+from custom.files import FileError, UserError
+from custom.weights import save_atomically
+
+SETTINGS = {"output_palette": "brats2023", "thresholds": [0.5, 0.5, 0.5]}
+
+
+@pytest.fixture
+def items(tmp_path):
+    found = []
+    for name in ("a", "b"):
+        paths = [tmp_path / "data" / name / f"{key}.nii.gz" for key in ("t1n", "t1c", "t2w", "flair")]
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(name.encode())
+        found.append({"subject": name, "image": [str(path) for path in paths]})
+    return found
+
+
+@pytest.fixture
+def make(tmp_path):
+    weights = tmp_path / "model.pt"
+    if not weights.exists():
+        save_atomically(
+            {"model": {"w": torch.ones(1)}, "provenance": {"notes": "for tests", "trained_on": ["a"]}}, weights
+        )
+
+    def build(settings=SETTINGS, **kwargs):
+        return Batch(str(tmp_path / "out"), settings, str(weights), pictures=False, **kwargs)
+
+    return build
+
+
+def save_mask(path, made_by="CoMNeT 0.1.0"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mask = nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4))
+    mask.header["descrip"] = made_by.encode()
+    nib.save(mask, path)
+
+
+def finish(batch, name, failure=None, label=None, mask=True, warnings=(), **output):
+    state = SimpleNamespace(subject=name, failure=failure, batch={"subject": [name]}, warnings=warnings)
+    engine = SimpleNamespace(state=state)
+    batch._start(engine)
+    voxels = torch.zeros(1, 4, 4, 4)
+    voxels[0, 0, 0, :] = torch.tensor([0.0, 1, 2, 3])
+    pred = MetaTensor(voxels, affine=torch.diag(torch.tensor([10.0, 10, 10, 1])))
+    if failure is None and mask:
+        save_mask(batch.output_dir / name / f"{name}_seg.nii.gz")
+    engine.state.output = [{"pred": pred, "label": label, **output}]
+    batch._finish(engine)
+    batch._wait()
+
+
+def test_an_output_folder_in_the_way_is_named_before_anything_is_read(make):
+    book = make()
+    book.output_dir.write_text("a file")
+    with pytest.raises(OSError, match=r"cannot write to .*out.*choose another folder"):
+        book.inputs()
+
+
+def table(batch, name="volumes.csv"):
+    with open(batch.output_dir / name, newline="") as file:
+        return {row["subject"]: row for row in csv.DictReader(file)}
+
+
+def test_volumes_are_in_millilitres(make, items):
+    book = make()
+    book.begin(items)
+    finish(book, "a")
+    finish(book, "b")
+    book.close()
+    assert [float(table(book)["a"][f"{region}_ml"]) for region in ("et", "tc", "wt")] == [1.0, 2.0, 3.0]
+    assert table(book)["a"]["weights"] == "for tests"
+
+
+def test_done_subjects_are_not_pending_in_a_later_run(make, items):
+    first = make()
+    assert len(first.begin(items)) == 2
+    finish(first, "a")
+    second = make()
+    assert [item["subject"] for item in second.begin(items)] == ["b"]
+    finish(second, "b")
+    second.close()
+    assert set(table(second)) == {"a", "b"}
+
+
+def test_results_of_earlier_runs_stay_in_the_tables(make, items):
+    first = make()
+    first.begin(items[:1])
+    finish(first, "a")
+    first.close()
+    second = make()
+    second.begin(items[1:])
+    finish(second, "b")
+    second.close()
+    assert set(table(second)) == {"a", "b"}
+
+
+def changed_settings(items, make):
+    return make(SETTINGS | {"thresholds": [0.4, 0.5, 0.5]})
+
+
+def changed_input(items, make):
+    os.utime(items[0]["image"][2], ns=(1, 1))
+    return make()
+
+
+def changed_weights(items, make):
+    book = make()
+    save_atomically({"model": {"w": torch.zeros(1)}}, book.weights.path)
+    return make()
+
+
+def lost_mask(items, make):
+    book = make()
+    (book.output_dir / "a" / "a_seg.nii.gz").unlink()
+    return book
+
+
+def broken_record(items, make):
+    book = make()
+    (book.output_dir / "a" / "record.json").write_text('{"status": "do')
+    return book
+
+
+@pytest.mark.parametrize("change", [changed_settings, changed_input, changed_weights, lost_mask, broken_record])
+def test_a_subject_is_done_again_when_something_changed(make, items, change):
+    book = make()
+    book.begin(items[:1])
+    finish(book, "a")
+    assert make().begin(items[:1]) == []
+    assert len(change(items, make).begin(items[:1])) == 1
+
+
+def test_failed_subjects_leave_no_mask_and_a_code(make, items):
+    book = make()
+    book.begin(items)
+    finish(book, "a")
+    save_mask(book.output_dir / "b" / "b_seg.nii.gz")
+    finish(book, "b", failure="out of memory")
+    with pytest.raises(SystemExit) as leave:
+        book.close()
+    assert leave.value.code == EXIT_SOME_FAILED
+    assert not (book.output_dir / "b" / "b_seg.nii.gz").exists()
+    assert table(book)["b"]["status"] == "failed" and "out of memory" in table(book)["b"]["warnings"]
+    assert [item["subject"] for item in make().begin(items)] == ["b"]
+
+
+def test_exclusions_count_as_failures(make, items):
+    cohort = SimpleNamespace(exclusions=[Exclusion("c", "c/t1.nii.gz", "is truncated", "copy it again")])
+    book = make(cohort=cohort)
+    book.begin([])
+    with pytest.raises(SystemExit) as leave:
+        book.close()
+    assert leave.value.code == EXIT_NONE_SEGMENTED
+
+
+def test_labelled_subjects_are_scored_and_scores_survive_a_resume(make, items):
+    label = torch.zeros(3, 4, 4, 4)
+    label[2, 0, 0, 1:] = 1
+    label[1, 0, 0, 1:] = 1
+    book = make(model="MedNeXt", fold=2)
+    book.begin(items)
+    finish(book, "a", label=label)
+    later = make(model="MedNeXt", fold=2)
+    later.begin(items)
+    finish(later, "b", label=label)
+    later.close()
+    scores = table(later, "scores.csv")
+    assert set(scores) == {"a", "b"} and scores["a"]["fold"] == "2" and scores["a"]["model"] == "MedNeXt"
+    assert float(scores["a"]["WT_dice"]) == 1.0
+    assert float(scores["a"]["TC_dice"]) == pytest.approx(2 * 2 / (2 + 3))
+    assert np.isnan(float(scores["a"]["ET_dice"])) and float(scores["a"]["ET_dice_brats"]) == 0
+
+
+def test_subjects_that_the_weights_were_trained_on_are_not_scored(make, items):
+    assert [item["subject"] for item in make().untrained(items)] == ["b"]
+    with pytest.raises(ValueError, match="trained on every one"):
+        make().untrained(items[:1])
+
+
+def test_record_says_what_was_used(make, items):
+    book = make()
+    book.begin(items)
+    finish(book, "a")
+    record = json.loads((book.output_dir / "a" / "record.json").read_text())
+    assert record["weights"] == "for tests" and record["comnet_version"] and record["seconds"] >= 0
+
+
+def test_rows_of_earlier_runs_say_so_and_are_not_scored(make, items):
+    label = torch.zeros(3, 4, 4, 4)
+    first = make(model="of other weights")
+    first.begin(items[:1])
+    finish(first, "a", label=label)
+    first.close()
+    save_atomically({"model": {"w": torch.zeros(1)}, "provenance": {"notes": "newer"}}, first.weights.path)
+    second = make()
+    second.begin(items[1:])
+    finish(second, "b", label=label)
+    second.close()
+    rows = table(second)
+    assert (rows["a"]["status"], rows["a"]["weights"]) == ("earlier run", "for tests")
+    assert (rows["b"]["status"], rows["b"]["weights"]) == ("done", "newer")
+    assert set(table(second, "scores.csv")) == {"b"}
+
+
+def test_an_excluded_subject_keeps_nothing_of_an_earlier_run(make, items):
+    first = make()
+    first.begin(items)
+    finish(first, "a")
+    finish(first, "b")
+    first.close()
+    second = make(cohort=SimpleNamespace(exclusions=[Exclusion("b", "b/t1c.nii.gz", "is truncated", "copy it again")]))
+    assert second.begin(items[:1]) == []
+    with pytest.raises(SystemExit) as leave:
+        second.close()
+    assert leave.value.code == EXIT_SOME_FAILED
+    assert set(table(second)) == {"a"} and not (second.output_dir / "b").exists()
+
+
+def test_an_interrupted_subject_has_no_mask_of_an_earlier_run(make, items):
+    first = make()
+    first.begin(items[:1])
+    finish(first, "a")
+    second = make(SETTINGS | {"thresholds": [0.4, 0.5, 0.5]})
+    second.begin(items[:1])
+    second._start(SimpleNamespace(state=SimpleNamespace(batch={"subject": ["a"]})))
+    assert not (second.output_dir / "a").exists()
+
+
+def test_a_region_that_was_erased_is_told(make, items):
+    book = make()
+    book.begin(items[:1])
+    finish(book, "a", erased=["ET"], warnings=["no skull"])
+    book.close()
+    told = json.loads((book.output_dir / "a" / "record.json").read_text())["warnings"]
+    assert told == ["no skull", "ET had only components smaller than min_volume_mm3 and is empty"]
+    assert all(one in table(book)["a"]["warnings"] for one in told)
+
+
+def test_a_mask_that_is_not_ours_is_neither_replaced_nor_deleted(make, items):
+    theirs = make().output_dir / "a" / "a_seg.nii.gz"
+    save_mask(theirs, made_by="an expert")
+    before = theirs.read_bytes()
+    with pytest.raises(UserError, match=r"a_seg\.nii\.gz is not CoMNeT's and would be replaced"):
+        make().begin(items)
+    book = make()
+    finish(book, "a", failure="out of memory", mask=False)
+    assert theirs.read_bytes() == before
+
+
+def test_results_are_not_put_among_the_images(make, items, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "data")
+    with pytest.raises(UserError, match="a: results would lie among its images"):
+        make().begin(items)
+    assert sorted(path.name for path in (tmp_path / "data" / "a").iterdir()) == sorted(
+        f"{key}.nii.gz" for key in ("t1n", "t1c", "t2w", "flair")
+    )
+
+
+@pytest.mark.parametrize("name", ["volumes.csv", "weights.txt", "report.html"])
+def test_tables_of_someone_else_are_left_alone(make, name):
+    book = make(cohort=SimpleNamespace(inputs=list))
+    book.output_dir.mkdir()
+    (book.output_dir / name).write_text("mine")
+    with pytest.raises(UserError, match="is not CoMNeT's"):
+        book.inputs()
+    assert (book.output_dir / name).read_text() == "mine"
+
+
+def test_another_subject_of_the_same_name_is_refused(make, items, tmp_path):
+    first = make()
+    first.begin(items[:1])
+    finish(first, "a")
+    mask = first.output_dir / "a" / "a_seg.nii.gz"
+    other = []
+    for path in items[0]["image"]:
+        other.append(path.replace("/data/", "/elsewhere/"))
+        os.makedirs(os.path.dirname(other[-1]), exist_ok=True)
+        with open(other[-1], "w") as file:
+            file.write("another patient")
+    with pytest.raises(UserError, match=r"holds the results of another a, from .*--name"):
+        make().begin([{"subject": "a", "image": other}])
+    assert mask.is_file()
+    shutil.rmtree(tmp_path / "elsewhere")
+    shutil.move(tmp_path / "data", tmp_path / "elsewhere")
+    assert make().begin([{"subject": "a", "image": other}]), "moved files are the same subject"
+
+
+@pytest.mark.parametrize("name", ["../a", "a/b", "..", ""])
+def test_a_name_cannot_lead_out_of_the_folder(make, items, name):
+    with pytest.raises(UserError, match="cannot be the name of a subject"):
+        make().begin([items[0] | {"subject": name}])
+
+
+def test_a_record_that_cannot_be_written_fails_its_subject_alone(make, items, monkeypatch):
+    book = make()
+    book.begin(items)
+    with monkeypatch.context() as patch:
+        patch.setattr("custom.batch.records.write_text", Mock(side_effect=FileError(28, "No space left on device")))
+        finish(book, "a")
+    finish(book, "b")
+    with pytest.raises(SystemExit) as leave:
+        book.close()
+    assert leave.value.code == EXIT_SOME_FAILED
+    assert table(book)["a"]["status"] == "failed" and "No space left" in table(book)["a"]["warnings"]
+    assert not (book.output_dir / "a" / "a_seg.nii.gz").exists() and table(book)["b"]["status"] == "done"
+
+
+def test_a_subject_whose_turn_never_came_is_no_success(make, items):
+    book = make()
+    book.begin(items)
+    finish(book, "a")
+    with pytest.raises(SystemExit) as leave:
+        book.close()
+    assert leave.value.code == EXIT_SOME_FAILED and "before its turn" in table(book)["b"]["warnings"]
+
+
+def test_two_runs_at_once_do_not_share_a_folder(make, tmp_path):
+    book = make(cohort=SimpleNamespace(inputs=list))
+    book.output_dir.mkdir()
+    code = "import sys, time; from custom.files import lock_folder; lock_folder(sys.argv[1]); print(1); time.sleep(60)"
+    command = [sys.executable, "-c", code, str(book.output_dir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "1\n"
+        with pytest.raises(UserError, match="another process is working in"):
+            book.inputs()
+        other.kill()
+    assert book.inputs() == [], "a process that was killed leaves no lock"
