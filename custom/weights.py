@@ -33,11 +33,8 @@ DEFAULT_SETTINGS: dict[str, list[Any]] = {
     "refine_regions": [True] * len(REGIONS),
 }
 MONAI_NETWORKS = "monai.networks.nets"
-TRUSTED = {
-    "backbone": [f"custom.mednext.mednext_{size}" for size in ("tiny", "small", "base", "medium", "large")],
-    "corrector": ["custom.corrdiff.corrdiff_base", "custom.corrdiff.corrdiff_tiny"],
-}
-"""Networks that weights may name, beside MONAI's own backbones: a config that holds such a name calls it."""
+TRUSTED = {"backbone": "custom.mednext.mednext_", "corrector": "custom.corrdiff.corrdiff_"}
+"""How the names of networks begin that weights may name: those that the room exports, and MONAI's own backbones."""
 NUMBERS = ("spacing", "patch_size", "num_folds", "refine_each_fold")
 
 
@@ -321,9 +318,10 @@ def check_settings(facts: Mapping[str, Any], path: str | Path) -> None:
 
 
 def _is_trusted(part: str, name: Any) -> bool:
-    if name in TRUSTED[part]:
-        return True
     module, _, attribute = str(name).rpartition(".")
+    room, _, prefix = TRUSTED[part].rpartition(".")
+    if module == room:
+        return attribute.startswith(prefix) and attribute in importlib.import_module(room).__all__
     if part != "backbone" or module != MONAI_NETWORKS:
         return False
     network = getattr(importlib.import_module(MONAI_NETWORKS), attribute, None)

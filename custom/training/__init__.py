@@ -1,9 +1,9 @@
 """What MONAI lacks for training: losses of the paper, handlers, and going on exactly where training was stopped."""
 
-from .average import WeightAverage
-from .handlers import CheckpointSaver, EarlyStopHandler, EpochSeeder, GradientClipper, ProgressBar
+from .handlers import EpochSeeder, GradientClipper, ProgressBar
 from .losses import DeepSupervisionLoss, DscPlusPlusBCELoss, dsc_plus_plus
 from .resume import Publisher, Resumer, subjects_digest
+from .selection import CheckpointSaver, EarlyStopHandler, Selection, ValidationHandler
 
 __all__ = [
     "CheckpointSaver",
@@ -15,7 +15,8 @@ __all__ = [
     "ProgressBar",
     "Publisher",
     "Resumer",
-    "WeightAverage",
+    "Selection",
+    "ValidationHandler",
     "dsc_plus_plus",
     "subjects_digest",
 ]

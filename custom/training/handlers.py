@@ -1,23 +1,18 @@
-"""What MONAI's engines lack for training: exact resuming, whole checkpoints, clipping on real steps, time left."""
+"""What MONAI's engines lack for training: clipping on real steps, randomness by the epoch, time left."""
 
 from __future__ import annotations
 
-import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import ignite.distributed as idist
-import monai.handlers
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import DiskSaver
 from monai.data import set_rnd
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
-
-logger = logging.getLogger("comnet")
 
 
 class GradientClipper:
@@ -80,82 +75,6 @@ class EpochSeeder:
         np.random.seed(seed)
         torch.manual_seed(seed)
         set_rnd(self.dataset, seed=seed)
-
-
-class _WholeFileSaver(DiskSaver):
-    """Disk saver with one fixed file name, replaced in one step, so that there is a whole checkpoint at any moment."""
-
-    def __init__(self, dirname: str, filename: str) -> None:
-        super().__init__(dirname, atomic=True, require_empty=False)
-        self.filename = filename
-
-    def __call__(self, checkpoint: Mapping, filename: str, metadata: Mapping | None = None) -> None:
-        super().__call__(checkpoint, self.filename, metadata)
-
-    def remove(self, filename: str) -> None:
-        """Keep the file: the next checkpoint replaces it."""
-
-
-class CheckpointSaver(monai.handlers.CheckpointSaver):
-    """MONAI's saver for the best model, which never leaves a moment without a whole file, and whose memory is saved.
-
-    MONAI deletes the previous best file before it writes the next one, and writes in place.
-
-    Args:
-        save_dir: folder of the checkpoint.
-        save_dict: objects to save, by key.
-        key_metric_filename: name of the file with the best key metric.
-    """
-
-    def __init__(self, save_dir: str, save_dict: dict, key_metric_filename: str = "model.pt") -> None:
-        super().__init__(save_dir, save_dict, save_key_metric=True, key_metric_filename=key_metric_filename)
-        self._key_metric_checkpoint.save_handler = _WholeFileSaver(save_dir, key_metric_filename)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the best score so far."""
-        saved = self._key_metric_checkpoint.state_dict()["_saved"]
-        return {"_saved": [(float(score), name) for score, name in saved]}
-
-
-class EarlyStopHandler(monai.handlers.EarlyStopHandler):
-    """MONAI's early stopping on the validator's key metric, with its count of validations without gain saved.
-
-    It is attached to the trainer and listens to the validator; in a config the two could not name each other.
-
-    Args:
-        patience: validations without gain before training stops (paper, Table 1: 30; 15 for CorrDiff).
-        validator: evaluator with a key metric, larger is better.
-        after: epochs whose validations do not count, such as those in which only the tokeniser learns.
-    """
-
-    def __init__(self, patience: int, validator: Engine, after: int = 0) -> None:
-        super().__init__(patience, lambda engine: engine.state.metrics[engine.state.key_metric_name])
-        self.validator = validator
-        self.after = after
-
-    def attach(self, engine: Engine) -> None:
-        """Stop the trainer ``engine`` when patience has run out."""
-        self.trainer = engine
-        self.set_trainer(engine)
-        super().attach(self.validator)
-
-    def __call__(self, engine: Engine) -> None:
-        """Count a validation."""
-        if self.trainer.state.epoch > self.after:
-            super().__call__(engine)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return counter and best score."""
-        return {"counter": self._handler.counter, "best_score": self._handler.best_score}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore counter and best score."""
-        self._handler.counter, self._handler.best_score = state["counter"], state["best_score"]
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether patience has run out."""
-        return self._handler.counter >= self._handler.patience
 
 
 class ProgressBar:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +14,17 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from torch.nn.parallel import DistributedDataParallel
+from monai.transforms import Transform
 from torch.utils.data import Dataset
 
 from ..files import copy_file, file_sha256
 from ..weights import CheckpointError, save_atomically
-from . import EarlyStopHandler
+from .selection import EarlyStopHandler, unwrapped
 
 logger = logging.getLogger("comnet")
+
+TRANSFORMS = "transforms"
+ANEW = "name another output folder, or start anew with --resume False"
 
 
 class Resumer:
@@ -34,7 +39,10 @@ class Resumer:
         stopper: early stopping; training that it had ended does not start again.
         enabled: ``False`` starts anew and replaces the file.
         dataset: what is trained on, with ``data`` as a list of subjects; if these or the contents of their labels are
-            others than those of the file, training starts anew: in a server labels are added and mended.
+            others than those of the file, training starts anew: in a server labels are added and mended. Its
+            ``transform`` counts among the settings.
+        settings: what the weights depend on beside the subjects, by name. Training does not go on with others; how long
+            it goes on (epochs, patience) is none of them.
     """
 
     def __init__(
@@ -45,6 +53,7 @@ class Resumer:
         stopper: EarlyStopHandler | None = None,
         enabled: bool = True,
         dataset: Dataset | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
         self.objects = dict(objects) | ({"stopper": stopper} if stopper is not None else {})
@@ -52,6 +61,8 @@ class Resumer:
         self.stopper = stopper
         self.enabled = enabled
         self.dataset = dataset
+        transforms = {} if dataset is None else {TRANSFORMS: plain(dataset.transform)}
+        self.settings = json.loads(json.dumps(dict(settings or {}) | transforms, default=str))
 
     @cached_property
     def subjects(self) -> str:
@@ -67,19 +78,19 @@ class Resumer:
         """Write the state after an epoch (rank 0 only)."""
         if idist.get_rank() != 0:
             return
-        state = {key: _unwrapped(item).state_dict() for key, item in self.objects.items()}
+        state = {key: unwrapped(item).state_dict() for key, item in self.objects.items()}
         state["progress"] = {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
-        state["subjects"] = self.subjects
+        state |= {"subjects": self.subjects, "settings": self.settings}
         if self.validator is not None:
             best = self.validator.state
             state["best"] = {"metric": float(best.best_metric), "epoch": int(best.best_metric_epoch)}
         save_atomically(state, self.path)
 
     def restore(self, engine: Engine) -> None:
-        """Go on from the file if there is one.
+        """Go on from the file if there is one, and say where no epoch is left.
 
         Raises:
-            CheckpointError: the file was written by another network or configuration.
+            CheckpointError: the file was written by another network or with other settings.
         """
         if not self.enabled or engine.state.epoch or not self.path.is_file():
             return  # an engine that has trained already, as in a federated round, goes on from its own state
@@ -87,15 +98,13 @@ class Resumer:
         if self.subjects and state.get("subjects", self.subjects) != self.subjects:
             logger.warning("%s is of other subjects or labels: training starts anew", self.path)
             return
+        self._check_settings(state.get("settings", {}))
         try:
             for key, item in self.objects.items():
-                _unwrapped(item).load_state_dict(state[key])
+                unwrapped(item).load_state_dict(state[key])
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(
-                f"{self.path} was written by another configuration ({reason}): name another output folder, or start "
-                "anew with --resume False"
-            ) from error
+            raise CheckpointError(f"{self.path} was written by another configuration ({reason}): {ANEW}") from error
         engine.state.epoch = state["progress"]["epoch"]
         engine.state.iteration = state["progress"]["iteration"]
         if self.validator is not None:
@@ -103,7 +112,35 @@ class Resumer:
             self.validator.state.best_metric_epoch = state["best"]["epoch"]
         logger.info("resumed after epoch %d from %s", engine.state.epoch, self.path)
         if self.stopper is not None and self.stopper.exhausted:
+            logger.warning("early stopping ended this training after epoch %d: nothing is trained", engine.state.epoch)
+            logger.warning("to go on give more --patience; %s", ANEW)
             engine.terminate()
+        elif engine.state.epoch >= (engine.state.max_epochs or math.inf):
+            logger.warning("%s has %d epochs already: nothing is trained", self.path, engine.state.epoch)
+            logger.warning("to go on give more --max_epochs; %s", ANEW)
+
+    def _check_settings(self, found: Mapping[str, Any]) -> None:
+        changed = [name for name in self.settings if name in found and found[name] != self.settings[name]]
+        if changed:
+            named = [
+                f"{name} {found[name]!r} instead of {self.settings[name]!r}" for name in changed if name != TRANSFORMS
+            ]
+            named += ["other transforms"] * (TRANSFORMS in changed)
+            raise CheckpointError(f"{self.path} was trained with {', '.join(named)}: ask for the same again, {ANEW}")
+
+
+def plain(value: Any) -> Any:
+    """Describe a transform, or what is in one, by plain values: names of classes and their public settings."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if not isinstance(value, Transform):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    public = {name: plain(one) for name, one in vars(value).items() if not name.startswith("_")}
+    return {"class": type(value).__qualname__} | public
 
 
 def subjects_digest(items: Iterable[Mapping[str, Any]]) -> str:
@@ -135,7 +172,3 @@ class Publisher:
         """Copy (rank 0 only); without a checkpoint, because no validation was due, there is nothing to do."""
         if idist.get_rank() == 0 and self.source.is_file():
             copy_file(self.source, self.target)
-
-
-def _unwrapped(item: Any) -> Any:
-    return item.module if isinstance(item, DistributedDataParallel) else item

@@ -34,6 +34,7 @@ OWN = {
     *("network_def", "weights", "batch", "handlers", "refine_regions", "thresholds", "min_volume_mm3"),
     *("probability_transforms", "mask_transforms", "datalist_file", "max_epochs", "warmup_epochs", "patience"),
     *("coarse", "loss", "optimizer", "provenance", "early_stop", "run"),
+    *("saver", "resumed", "settings"),
     *("train#preprocessing_transforms", "train#random_transforms", "train#preprocessing"),
     *("train#dataset", "train#inferer", "train#handlers", "train#trainer"),
     *("validate#dataset", "validate#inferer", "validate#evaluator", "validate#handlers", "validate#label_transforms"),

@@ -51,6 +51,7 @@ TABLE_1 = {
     "num_folds": 5,
     "warmup_epochs": 5,
     "max_gradient_norm": 1.0,
+    "selection": "paper",
 }
 
 
@@ -71,6 +72,7 @@ TABLE_1_CORRDIFF = {
     "accumulation_steps": 2,
     "max_gradient_norm": 1.0,
     "coarse_source": "out_of_fold",
+    "selection": "paper",
 }
 
 
@@ -90,7 +92,9 @@ def test_corrdiffs_named_values_reach_schedule_sampler_loss_and_early_stopping()
     stopper = config["early_stop"]
     assert stopper["_target_"].endswith("EarlyStopHandler")
     assert {"_target_": "@early_stop", "_mode_": "callable"} in config["train#handlers"]
-    assert stopper["patience"] == "@patience" and stopper["after"] == "@vq_epochs"
+    assert stopper["patience"] == "@patience"
+    validation = next(one for one in config["train#handlers"] if one["_target_"].endswith("ValidationHandler"))
+    assert validation["after"] == config["saver"]["after"] == "@vq_epochs"
     assert 0 < config["vq_epochs"] < config["max_epochs"]
 
 

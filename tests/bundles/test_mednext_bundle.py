@@ -90,7 +90,7 @@ def test_a_checkpoint_of_another_size_is_refused(trained, phantoms, tmp_path):
 
 
 def test_other_settings_do_not_go_on_from_this_training(trained, phantoms):
-    with fails_with(CheckpointError, match=r"last.pt was written by another configuration"):
+    with fails_with(CheckpointError, match=r"last.pt was trained with backbone '.*tiny' instead of '.*small'"):
         train(trained.parent, phantoms, backbone="custom.mednext.mednext_small", max_epochs=3)
 
 
@@ -108,11 +108,22 @@ def test_release_recipe_trains_resumes_and_saves_the_average_of_the_last_epoch(p
     last = torch.load(tmp_path / "fold0" / "last.pt", weights_only=True)
     state, provenance = read_checkpoint(tmp_path / "fold0" / "model.pt")
     assert provenance["backbone"] == "custom.mednext.mednext_light" and provenance["trained_on"]
-    assert all(torch.equal(state[key], last["average"][key]) for key in last["average"])
+    assert provenance["selection"] == "last"
+    assert all(torch.equal(state[key], value) for key, value in last["saver"]["average"].items())
     assert any(not torch.equal(state[key], last["model"][key]) for key in last["model"])
     assert last["best"]["epoch"] == -1, "no validation: nothing is chosen by the fold left out"
     run("comnet_mednext", "train.json", "release.json", **settings, max_epochs=2)
     assert torch.load(tmp_path / "fold0" / "last.pt", weights_only=True)["progress"]["epoch"] == 2
+
+
+def test_inner_selection_neither_trains_nor_chooses_on_the_fold_that_is_scored(phantoms, tmp_path):
+    train(tmp_path, phantoms, selection="inner", max_epochs=1)
+    state, facts = read_checkpoint(tmp_path / "fold0" / "model.pt")
+    items = json.loads((tmp_path / "fold0" / "datalist.json").read_text())["training"]
+    assert facts["selection"] == "inner"
+    assert set(facts["trained_on"]) == {item["subject"] for item in items if item["fold"] != 0}
+    iterations = torch.load(tmp_path / "fold0" / "last.pt", weights_only=True)["progress"]["iteration"]
+    assert iterations < len(facts["trained_on"]), "those that are chosen on are not trained on"
 
 
 def test_two_processes_train_one_model(phantoms, tmp_path):

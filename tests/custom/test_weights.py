@@ -160,6 +160,8 @@ def test_untuned_and_absent_weights_have_the_defaults(tmp_path):
         {"backbone": "os.system"},
         {"backbone": "custom.mednext.network.torch.os.system"},
         {"backbone": "custom.mednext.runtime.os.system"},
+        {"backbone": "custom.mednext.mednext_nothing"},
+        {"backbone": "custom.mednext.from_mic_dkfz"},
         {"backbone": "monai.networks.nets.torch.os.system"},
         {"backbone": "monai.networks.nets.download_url"},
         {"backbone": ["custom.mednext.mednext_tiny"]},
@@ -176,7 +178,9 @@ def test_only_names_that_are_known_and_numbers_reach_a_config(tmp_path, facts):
         _ = Weights(tmp_path).settings
 
 
-@pytest.mark.parametrize("backbone", ["custom.mednext.mednext_base", "monai.networks.nets.SegResNet"])
+@pytest.mark.parametrize(
+    "backbone", ["custom.mednext.mednext_base", "custom.mednext.mednext_light", "monai.networks.nets.SegResNet"]
+)
 def test_names_of_ours_and_of_monai_are_trusted(tmp_path, backbone):
     write_fold(tmp_path, 0, num_folds=1, backbone=backbone, corrector="custom.corrdiff.corrdiff_tiny")
     assert Weights(tmp_path).settings["backbone"] == backbone
