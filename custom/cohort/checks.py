@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import Any, TypeVar
 
 import nibabel as nib
@@ -399,6 +400,8 @@ def check_subjects(
             return check_subject(subject, **options)
         except SubjectError as error:
             return Exclusion.of(error)
+        except UserError:
+            raise
         except Exception as error:  # a fault of ours, or of the machine, must not cost the other subjects
             logger.debug("%s: the check failed", subject.name, exc_info=True)
             reason = f"the check itself failed ({type(error).__name__}: {error})"
@@ -412,25 +415,35 @@ def check_subjects(
 
 
 def log_outcome(
-    kept: Sequence[tuple[Subject, dict[str, Any]]], exclusions: Sequence[Exclusion], source: str, places: str = ""
+    kept: Sequence[tuple[Subject, dict[str, Any]]],
+    exclusions: Sequence[Exclusion],
+    source: str,
+    report: Path | None = None,
 ) -> None:
-    """Log how many subjects were kept, and as warnings what was excluded or is odd; `places` tells where to read on.
+    """Log how many subjects were kept, and as warnings what was excluded or is odd.
+
+    Args:
+        kept: subjects with their facts.
+        exclusions: what was left out.
+        source: the dataset, named in each line.
+        report: file that lists all exclusions, if one is written; the datalist beside it then has all warnings.
 
     Raises:
-        ValueError: nothing was kept; quotes the first exclusions.
+        UserError: nothing was kept; quotes the first exclusions.
     """
-    excluded = [str(exclusion) for exclusion in exclusions]
+    excluded = _first([str(one) for one in exclusions], f" in {report}" if report else "")
     if not kept:
-        raise UserError(f"no usable subject in {source}: all {len(excluded)} are excluded. {_first(excluded, places)}")
-    if not excluded:
+        raise UserError(f"no usable subject in {source}: all {len(exclusions)} are excluded. {excluded}")
+    if not exclusions:
         logger.info("%s: %d subjects kept, none excluded", source, len(kept))
     else:
-        logger.warning(
-            "%s: %d subjects kept, %d excluded. %s", source, len(kept), len(excluded), _first(excluded, places)
-        )
+        logger.warning("%s: %d subjects kept, %d excluded. %s", source, len(kept), len(exclusions), excluded)
     odd = [f"{subject.name}: {warning}." for subject, facts in kept for warning in facts["warnings"]]
     if odd:
-        logger.warning("%s: %d warnings about subjects that were kept. %s", source, len(odd), _first(odd, places))
+        first = _first(odd, " in the facts of the datalist" if report else "")
+        logger.warning("%s: %d warnings about subjects that were kept. %s", source, len(odd), first)
+    if (patients := len({subject.patient for subject, _ in kept})) < len(kept):
+        logger.info("%s: %d subjects are scans of %d patients, whom folds keep together", source, len(kept), patients)
 
 
 def _first(lines: Sequence[str], places: str) -> str:

@@ -37,6 +37,7 @@ class Cohort:
         allow_empty_mask: keep subjects without tumour.
         num_workers: threads that check subjects.
         progress: show a bar while subjects are checked.
+        rebuild: build the datalist even where there is one, which is replaced once the new one is ready.
 
     Attributes:
         exclusions: what the last check left out.
@@ -54,6 +55,7 @@ class Cohort:
         allow_empty_mask: bool = False,
         num_workers: int | None = None,
         progress: bool = True,
+        rebuild: bool = False,
     ) -> None:
         """Keep the settings; nothing is read yet."""
         self.dataset_dir = dataset_dir
@@ -66,6 +68,7 @@ class Cohort:
         self.allow_empty_mask = allow_empty_mask
         self.num_workers = num_workers
         self.progress = progress
+        self.rebuild = rebuild
         self.exclusions: list[Exclusion] = []
 
     def training(self, fold: int | str | None = None) -> list[Item]:
@@ -118,7 +121,7 @@ class Cohort:
         if self.datalist_file is None:
             datalist, self.exclusions = self._build()
             return with_absolute_paths(datalist, self.dataset_dir)
-        if not os.path.exists(self.datalist_file):
+        if self.rebuild or not os.path.exists(self.datalist_file):
             datalist, self.exclusions = self._build()
             table = write_datalist(datalist, self.exclusions, self.datalist_file, self.dataset_dir)
             logger.info("wrote %s and %s", self.datalist_file, table)
@@ -138,6 +141,7 @@ class Cohort:
             self.allow_empty_mask,
             self.num_workers,
             self.progress,
+            self.datalist_file,
         )
 
     def _check_settings(self, datalist: dict[str, Any]) -> None:

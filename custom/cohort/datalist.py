@@ -30,6 +30,7 @@ def build_datalist(
     allow_empty_mask: bool = False,
     num_workers: int | None = None,
     progress: bool = False,
+    datalist_file: PathLike | None = None,
 ) -> tuple[dict[str, Any], list[Exclusion]]:
     """Find and check all subjects, and deal the good ones into folds.
 
@@ -43,6 +44,8 @@ def build_datalist(
         allow_empty_mask: keep subjects without tumour.
         num_workers: threads that check subjects, see `check_subjects`.
         progress: show a bar while subjects are checked.
+        datalist_file: where the caller will write it; where no subject can be used, the exclusion report is written
+            beside it all the same, and the file itself stays as it was.
 
     Returns:
         A MONAI datalist, whose "training" items have paths relative to the dataset folder (to the innermost folder that
@@ -58,7 +61,10 @@ def build_datalist(
     options = {"unknown_labels": unknown_labels, "allow_empty_mask": allow_empty_mask}
     kept, faulty = check_subjects(subjects, num_workers, progress, require_label=True, **options)
     exclusions = sorted([*nameless, *faulty], key=lambda exclusion: (exclusion.subject, exclusion.file))
-    log_outcome(kept, exclusions, str(base), " in the exclusion report")
+    relative = [replace(exclusion, file=_relative(exclusion.file, base)) for exclusion in exclusions]
+    if datalist_file and not kept:
+        _write_exclusions(relative, exclusions_file(datalist_file))
+    log_outcome(kept, exclusions, str(base), exclusions_file(datalist_file) if datalist_file else None)
     roots = dataset_roots(dataset_dir)
     items = _items(kept, base, roots if len(roots) > 1 else [], num_folds, seed)
     datalist = {
@@ -74,7 +80,7 @@ def build_datalist(
         "training": items,
         "facts": {subject.name: facts for subject, facts in kept},
     }
-    return datalist, [replace(exclusion, file=_relative(exclusion.file, base)) for exclusion in exclusions]
+    return datalist, relative
 
 
 def write_datalist(
@@ -97,10 +103,13 @@ def write_datalist(
     path = Path(datalist_file)
     if dataset_dir is not None:
         datalist = _with_dataset(datalist, path, base_folder(dataset_dir))
-    columns = [field.name for field in fields(Exclusion)]
-    write_table(exclusions_file(path), columns, (asdict(exclusion) for exclusion in exclusions))
+    _write_exclusions(exclusions, exclusions_file(path))
     write_text(path, json.dumps(datalist, indent=1) + "\n")
     return exclusions_file(path)
+
+
+def _write_exclusions(exclusions: Iterable[Exclusion], report: Path) -> None:
+    write_table(report, [field.name for field in fields(Exclusion)], map(asdict, exclusions))
 
 
 def copy_datalist(source: PathLike, target: PathLike, dataset_dir: PathLike | None = None) -> Path:
@@ -250,6 +259,8 @@ def _check_items(datalist: dict[str, Any], file: str) -> None:
             raise UserError(f"{file}: {item['subject']} needs a list of {len(MODALITIES)} images: build it again.")
         if item["palette"] not in PALETTES:
             raise UserError(f"{file}: {item['subject']} has palette {item['palette']!r}, none of {list(PALETTES)}.")
+        if not isinstance(item["subject"], str):
+            raise UserError(f"{file}: the name {item['subject']!r} of item {number} is no text: put it in quotes.")
         if not isinstance(item["fold"], int) or not 0 <= item["fold"] < datalist.get("num_folds", float("inf")):
             raise UserError(f"{file}: {item['subject']} is in fold {item['fold']!r}, which is none of its folds.")
         if item["subject"] in names:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from glob import escape as glob_escape
+from glob import glob
 from itertools import pairwise
 from pathlib import Path
 
@@ -323,21 +325,39 @@ def subject_from_files(
     label: PathLike | None = None,
     palette: str = "brats2021",
 ) -> Subject:
-    """One subject from four files whatever their names; `name` is by default that of the folder of `t1n`.
+    """One subject from four files whatever their names.
+
+    `name` is by default what tells these files from those of other subjects: what begins all four file names, where
+    that holds a digit or the folder has files of others too (`flat/P1_t1.nii.gz` and `flat/P2_t1.nii.gz`), else the
+    innermost folder that holds all four.
 
     Raises:
-        ValueError: unknown palette.
+        UserError: unknown palette.
+        SubjectError: a name that no file can have.
     """
     check_choices("auto", palette)
     images = tuple(_absolute(file) for file in (t1n, t1c, t2w, flair))
     return Subject(
-        name=name or os.path.basename(os.path.dirname(images[0])) or "subject",
+        name=str(name or _name_of(images)),
         layout="files",
         images=images,
         label=None if label is None else _absolute(label),
         palette=palette,
         label_source=None if label is None else "unknown",
     )
+
+
+def _name_of(images: Sequence[str]) -> str:
+    names = [os.path.basename(image) for image in images]
+    first, last = min(stems := [stem(name) for name in names]), max(stems)  # what these share, all share
+    begin = next((first[:n] for n, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), first)
+    if not all(name[len(begin) :].startswith(("_", "-", ".", " ")) for name in names):
+        begin = re.sub(r"[^_\-. ]*$", "", begin)  # `P1_t` of `P1_t1` and `P1_t2` → `P1_`
+    begin = names[0][: len(begin)]
+    others = begin and glob(f"*{glob_escape(names[0][len(begin) :])}", root_dir=os.path.dirname(images[0]))
+    if (name := begin.strip("_-. ")) and (re.search(r"\d", name) or len(others) > 1):
+        return name
+    return os.path.basename(os.path.commonpath([os.path.dirname(image) for image in images])) or "subject"
 
 
 def dataset_roots(dataset_dir: PathLike | Sequence[PathLike]) -> list[Path]:
@@ -348,7 +368,9 @@ def dataset_roots(dataset_dir: PathLike | Sequence[PathLike]) -> list[Path]:
         NotADirectoryError: a file was given.
         ValueError: an empty list was given.
     """
-    given = [dataset_dir] if isinstance(dataset_dir, (str, os.PathLike)) else list(dataset_dir)
+    given = list(dataset_dir) if isinstance(dataset_dir, (list, tuple, set)) else [dataset_dir]
+    if wrong := [folder for folder in given if not isinstance(folder, (str, os.PathLike))]:
+        raise UserError(f"dataset_dir is {wrong[0]!r}, which is no text: put the folder's name in quotes.")
     if not given:
         raise UserError("dataset_dir is an empty list: give at least one folder.")
     roots = [Path(_absolute(folder)) for folder in given]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -19,7 +20,20 @@ REGION_TISSUES: dict[str, tuple[str, ...]] = {
     "WT": ("core", "oedema", "enhancing"),
 }
 
-_TIME_POINT = re.compile(r"-\d{3}$")
+MOST_NAME_BYTES = 180
+"""Of a name; what is added to it must still be a file name, of which most file systems take 255 bytes."""
+
+_BIDS_PATIENT = re.compile(r"(sub-[a-z0-9]+)(?:_|$)", re.IGNORECASE)
+_PATIENT_OF = re.compile(r"(BraTS-[a-z]+-\d{5})-\d{3}|(UPENN-GBM-\d{5})_\d\d", re.IGNORECASE)
+_TIME_POINT = re.compile(
+    r"[_\-. ]+(?:"
+    r"(?:ses(?:sion)?|time[-_ ]?point|time|tp|visit|scan|week|month|day|year|fu|follow[-_ ]?up|t|v)"
+    r"[-_ ]?\d+[a-z]?(?:-\d+)?"
+    r"|baseline|follow[-_ ]?up|pre|post|pre[-_]?op|post[-_]?op"
+    r"|(?:19|20)\d\d[-.]?(?:0\d|1[0-2])[-.]?[0-3]\d(?:[T_-]\d{4,6})?"
+    r")$",
+    re.IGNORECASE,
+)
 
 
 def palette_values(palette: str) -> dict[str, int]:
@@ -66,10 +80,36 @@ class Subject:
     palette: str
     label_source: str | None
 
+    def __post_init__(self) -> None:
+        """Refuse a name that files of its own cannot have.
+
+        Raises:
+            SubjectError: it is empty, hidden, too long, or holds a slash or what no text file can hold.
+        """
+        size = len(self.name.encode("utf-8", "surrogateescape"))
+        printable = self.name.isprintable() and not set(self.name) & set("/\\")
+        if not printable or not self.name.strip() or self.name.startswith(".") or size > MOST_NAME_BYTES:
+            shown = ascii(self.name[:40])
+            reason = (
+                f"{shown} can name no output files (at most {MOST_NAME_BYTES} bytes of plain text, no slash, no dot)"
+            )
+            folder = os.path.dirname(self.images[0]) if self.images else ""
+            raise SubjectError(shown, folder, reason, "Rename the folder, or give another name")
+
     @property
     def patient(self) -> str:
-        """Name shared by all scans of a patient: BraTS >= 2023 ends a case name in a time point (`-000`, `-001`)."""
-        return _TIME_POINT.sub("", self.name) if self.layout == "brats2023" else self.name
+        """Name shared by all scans of a patient, told by the name alone.
+
+        What ends a name and tells a time is taken off: a session (BIDS: all after `sub-<label>`), a time point, a
+        visit, a date, before and after an operation; `-001` of BraTS >= 2023. What is left must tell a patient, that
+        is, hold a digit; else all of `glioma_visit_3` would be one.
+        """
+        if known := _BIDS_PATIENT.match(self.name) or _PATIENT_OF.fullmatch(self.name):
+            return next(group for group in known.groups() if group)
+        name = re.sub(r"-\d{3}$", "", self.name) if self.layout == "brats2023" else self.name
+        while re.search(r"\d", shorter := _TIME_POINT.sub("", name)) and shorter != name:
+            name = shorter
+        return name
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +70,39 @@ class TestCohortFiles:
         assert [(row["subject"], row["file"]) for row in rows] == [(BAD, f"{BAD}/T2.nii.gz"), ("empty", "empty")]
         assert all(row["reason"] and row["remedy"] for row in rows)
 
+    @pytest.mark.parametrize(
+        ("wrong", "options"), [("nowhere", {}), ("data/A1/T1.nii.gz", {}), ("data", {"num_folds": 0}), ("hollow", {})]
+    )
+    def test_a_datalist_is_replaced_only_by_a_new_one(
+        self, dataset: Path, tmp_path: Path, wrong: str, options: dict
+    ) -> None:
+        (tmp_path / "hollow" / "S1").mkdir(parents=True)
+        path = tmp_path / "d.json"
+        Cohort(dataset, path).subjects()
+        before = path.read_bytes()
+        with pytest.raises(ValueError):
+            Cohort(tmp_path / wrong, path, rebuild=True, **options).subjects()
+        assert path.read_bytes() == before
+        assert len(Cohort(dataset, path, num_folds=2, rebuild=True).subjects()) == 3 and path.read_bytes() != before
+
+    def test_the_exclusion_report_is_written_where_all_are_excluded(self, dataset: Path, tmp_path: Path) -> None:
+        for number in range(11):
+            shutil.copytree(dataset / BAD, dataset / f"X{number:02d}")
+        for file in dataset.glob("*/seg.nii.gz"):
+            file.write_bytes(b"")
+        with pytest.raises(ValueError, match=rf"all 14 are excluded.*and 4 more in {tmp_path}/d_exclusions.csv"):
+            Cohort(dataset, tmp_path / "d.json").subjects()
+        assert (
+            len((tmp_path / "d_exclusions.csv").read_text().splitlines()) == 15 and not (tmp_path / "d.json").exists()
+        )
+        with pytest.raises(ValueError, match=r"and 4 more\.$"):
+            Cohort(dataset).subjects()
+
+    @pytest.mark.parametrize("number", [202301, 1e3, ["a", 12]])
+    def test_a_folder_that_arrives_as_a_number(self, number: object) -> None:
+        with pytest.raises(ValueError, match=r"dataset_dir is .*, which is no text: put the folder's name in quotes"):
+            Cohort(number).inputs()
+
     def test_files_gone_since_the_datalist_was_written(self, dataset: Path, tmp_path: Path) -> None:
         Cohort(dataset, tmp_path / "d.json").subjects()
         (dataset / BAD / "T2.nii.gz").unlink()
@@ -97,6 +131,7 @@ class TestCohortFiles:
             (lambda d: d["training"][1].update(fold=5), "B2 is in fold 5"),
             (lambda d: d["training"][1].update(fold="1"), "B2 is in fold '1'"),
             (lambda d: d["training"][1].update(subject="A1"), "A1 is listed twice"),
+            (lambda d: d["training"][1].update(subject=42), "the name 42 of item 1 is no text"),
         ],
     )
     def test_a_datalist_edited_by_hand(self, dataset: Path, tmp_path: Path, spoil: Callable, message: str) -> None:

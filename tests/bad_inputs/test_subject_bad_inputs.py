@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from cohort_to_spoil import BAD, GOOD, make_mask, noise, save
+from monai.transforms import LoadImage
 
-from custom.cohort import Cohort, SubjectError, build_datalist, check_subject, find_subjects
-from custom.transforms import LoadSubjectd
+from custom.cohort import Cohort, SubjectError, build_datalist, check_subject, checks, find_subjects
+from custom.transforms import LoadSubjectd, label_map_to_regions
 
 
 def edit(name: str, change: Callable[[np.ndarray], np.ndarray], affine: np.ndarray | None = None) -> Callable:
@@ -58,6 +62,38 @@ def flatten_sform(data: bytes) -> bytes:
     return gzip.compress(header)
 
 
+def claim(*size: int) -> Callable[[bytes], bytes]:
+    """Write other sizes into a NIfTI-1 header (bytes 40 to 55), in front of the same voxels."""
+
+    def change(data: bytes) -> bytes:
+        header = bytearray(gzip.decompress(data))
+        header[40:56] = struct.pack("<8h", len(size), *size, *[1] * (7 - len(size)))
+        return gzip.compress(header)
+
+    return change
+
+
+def endless(data: bytes) -> bytes:
+    """A stream that goes on for 64 MiB of zeros after its voxels; packed these are a few kB."""
+    return data + gzip.compress(bytes(2**26))
+
+
+def coloured(name: str) -> Callable:
+    def spoil(folder: Path) -> None:
+        colours = np.zeros((16, 16, 16), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+        save(folder / name, colours)
+
+    return spoil
+
+
+def pipe(name: str) -> Callable:
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return spoil
+
+
 def swap(first: str, second: str) -> Callable:
     def spoil(folder: Path) -> None:
         (folder / first).rename(folder / "aside")
@@ -91,6 +127,20 @@ FAULTS = {
         rewrite("T1.nii.gz", lambda data: gzip.compress(gzip.decompress(data)[:-100])),
         ["not a whole NIfTI", "Expected"],
     ),
+    "a header of 32767 cubed": (
+        "T2.nii.gz",
+        rewrite("T2.nii.gz", claim(32767, 32767, 32767)),
+        ["32767 x", "too short"],
+    ),
+    "a header of twice the voxels": ("T2.nii.gz", rewrite("T2.nii.gz", claim(16, 16, 32)), ["not a whole NIfTI"]),
+    "a header of no voxels": ("T2.nii.gz", rewrite("T2.nii.gz", claim(16, -16, 16)), ["not a whole NIfTI"]),
+    "a stream without end": ("T2.nii.gz", rewrite("T2.nii.gz", endless), ["goes on after", "16 x 16 x 16"]),
+    "colours": ("T2.nii.gz", coloured("T2.nii.gz"), ["not plain numbers"]),
+    "a pipe": ("T2.nii.gz", pipe("T2.nii.gz"), ["no file"]),
+    "values beyond single precision": ("T2.nii.gz", edit("T2.nii.gz", with_value(1e34)), ["1e+34", "single precision"]),
+    "values below single precision": ("T2.nii.gz", edit("T2.nii.gz", lambda v: v * 1e-30), ["single precision"]),
+    "voxels in metres": ("T1.nii.gz", edit("T1.nii.gz", lambda v: v, np.diag([0.001] * 3 + [1])), ["0.001 x", "mm"]),
+    "voxels of a metre": ("T1.nii.gz", edit("T1.nii.gz", lambda v: v, np.diag([1e3] * 3 + [1])), ["no head"]),
     "other shape": ("T1c.nii.gz", edit("T1c.nii.gz", lambda v: v[:15]), ["t1c", "15 x 16 x 16", "16 x 16 x 16"]),
     "other shape of the first": ("T1.nii.gz", edit("T1.nii.gz", lambda v: v[:15]), ["t1n", "15 x 16 x 16"]),
     "other shape of the mask": ("seg.nii.gz", edit("seg.nii.gz", lambda v: v[:, :9]), ["mask", "16 x 9 x 16"]),
@@ -108,6 +158,7 @@ FAULTS = {
     "complex numbers": ("T2.nii.gz", edit("T2.nii.gz", lambda v: v.astype(np.complex64)), ["complex"]),
     "swapped T1c and mask": ("T1c.nii.gz", swap("T1c.nii.gz", "seg.nii.gz"), ["t1c", "0, 1, 2, 4", "as a mask does"]),
     "an image for a mask": ("seg.nii.gz", edit("seg.nii.gz", lambda _: noise(99)), ["mask", "as an image does"]),
+    "a resampled mask": ("seg.nii.gz", edit("seg.nii.gz", lambda v: v * 0.9), ["whole numbers", "0.9, 1.8, 3.6"]),
     "a smoothed mask": ("seg.nii.gz", edit("seg.nii.gz", with_value(0.5)), ["whole numbers", "0.5"]),
     "T1 copied to T1c": ("T1c.nii.gz", edit("T1c.nii.gz", lambda _: noise(20)), ["t1c", "t1n", "the very same voxels"]),
     "T1 copied in another type": ("T1c.nii.gz", edit("T1c.nii.gz", lambda _: noise(20, np.float64)), ["very same"]),
@@ -144,6 +195,56 @@ def test_fault_of_an_image_is_named_when_its_turn_comes(dataset: Path, fault: st
         load(items[BAD])
     assert (caught.value.subject, caught.value.file) == (BAD, str(dataset / BAD / file))
     assert all(word in caught.value.reason for word in gist) and not data.exclusions
+
+
+@pytest.mark.parametrize("size", [(16, 16, 1), (5, 5, 5), (16, 7, 16)])
+def test_slices_and_corners_are_no_brain(dataset: Path, size: tuple[int, int, int]) -> None:
+    for file in (dataset / BAD).iterdir():
+        edit(file.name, lambda v: v[tuple(slice(n) for n in size)] if size[2] > 1 else v[:, :, 8:9])(dataset / BAD)
+    with pytest.raises(SubjectError, match=rf"T1.nii.gz: t1n has {' x '.join(map(str, size))} voxels; fewer than 8"):
+        LoadSubjectd("image")(Cohort(dataset).inputs()[1])
+
+
+def test_the_size_is_checked_before_anything_is_unpacked(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = dataset / BAD / "T2.nii.gz"
+    file.write_bytes(claim(2000, 2000, 2000)(file.read_bytes()) + bytes(2**24))  # long enough, if it were well packed
+    with pytest.raises(SubjectError, match="2000 x 2000 x 2000 voxels, more than any scan"):
+        check_subject(find_subjects(dataset / BAD)[0][0])
+
+
+def test_a_bare_file_under_a_packed_name_and_the_reverse(dataset: Path) -> None:
+    packed = dataset / BAD / "T1.nii.gz"
+    packed.rename(dataset / BAD / "T1.nii")
+    with pytest.raises(SubjectError, match=r"T1.nii: it is compressed, but .* Add .gz to it"):
+        check_subject(find_subjects(dataset / BAD)[0][0])
+    packed.write_bytes(gzip.decompress((dataset / BAD / "T1.nii").read_bytes()))
+    (dataset / BAD / "T1.nii").unlink()
+    with pytest.raises(SubjectError, match=r"misnamed: it holds no gzip stream.* take .gz off"):
+        check_subject(find_subjects(dataset / BAD)[0][0])
+
+
+@pytest.mark.parametrize("error", [MemoryError("8 TiB"), ZeroDivisionError("ours")])
+def test_one_subject_that_breaks_the_check_costs_no_other(
+    dataset: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine = checks.read_scan
+
+    def read(subject: str, images: object) -> object:
+        if subject == BAD:
+            raise error
+        return genuine(subject, images)
+
+    monkeypatch.setattr(checks, "read_scan", read)
+    datalist, (exclusion,) = build_datalist(dataset)
+    assert tuple(item["subject"] for item in datalist["training"]) == GOOD
+    assert (exclusion.subject, exclusion.file) == (BAD, BAD) and type(error).__name__ in exclusion.reason
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read(dataset: Path) -> None:
+    (dataset / BAD / "T2.nii.gz").chmod(0)
+    with pytest.raises(SubjectError, match=r"T2.nii.gz: cannot be read .*permissions"):
+        check_subject(find_subjects(dataset / BAD)[0][0])
 
 
 def test_error_is_one_line_with_subject_file_reason_and_remedy(dataset: Path) -> None:
@@ -220,6 +321,25 @@ class TestLabels:
             build_datalist(dataset)
         datalist, exclusions = build_datalist(dataset, palette="brats2023")
         assert not exclusions and {item["palette"] for item in datalist["training"]} == {"brats2023"}
+
+    @pytest.mark.parametrize("slope", [4 / 255, 4 / 65535, 1 / 3])
+    def test_labels_that_a_tool_has_scaled_are_rounded(self, dataset: Path, slope: float) -> None:
+        mask = nib.Nifti1Image(np.rint(make_mask(1, 2, 4) / slope).astype(np.uint16), np.eye(4))
+        mask.header.set_slope_inter(slope, 0)
+        header = bytearray(mask.to_bytes())
+        header[112:120] = struct.pack("<ff", slope, 0)
+        (dataset / BAD / "seg.nii.gz").write_bytes(gzip.compress(header))
+        stored = LoadImage(image_only=True)(dataset / BAD / "seg.nii.gz")
+        assert not torch.equal(stored.unique(), torch.tensor([0.0, 1, 2, 4])) or slope == 1 / 3
+        datalist, exclusions = build_datalist(dataset)
+        assert not exclusions and datalist["facts"][BAD]["voxels"] == {"ET": 25, "TC": 50, "WT": 75}
+        assert label_map_to_regions(stored).sum(dim=(1, 2, 3)).tolist() == [25, 50, 75]
+
+    def test_labels_of_slight_noise_are_rounded(self, dataset: Path) -> None:
+        labels = make_mask(1, 2, 4) + np.random.default_rng(0).normal(0, 1e-4, (16, 16, 16))
+        save(dataset / BAD / "seg.nii.gz", labels.astype(np.float32))
+        datalist, exclusions = build_datalist(dataset)
+        assert not exclusions and datalist["facts"][BAD]["voxels"] == {"ET": 25, "TC": 50, "WT": 75}
 
     def test_unknown_labels_takes_two_words(self, dataset: Path) -> None:
         with pytest.raises(ValueError, match="unknown_labels is 'ignore'"):

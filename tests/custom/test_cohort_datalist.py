@@ -89,6 +89,16 @@ class TestFolds:
         assert folds["B0"] != folds["B1"]
         assert assign_folds([*others, *scans[::-1]], 2) == folds
 
+    def test_time_points_share_a_fold_in_the_datalist(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        for patient in range(3):
+            for time in (1, 2):
+                make_subject(tmp_path / f"sub-{patient:02d}_ses-{time}")
+        with caplog.at_level(logging.INFO, logger="comnet"):
+            items = cohort.build_datalist(tmp_path, num_folds=3)[0]["training"]
+        assert sorted(item["fold"] for item in items) == [0, 0, 1, 1, 2, 2]
+        assert len({(item["patient"], item["fold"]) for item in items}) == 3
+        assert "6 subjects are scans of 3 patients" in caplog.text
+
     def test_no_folds(self) -> None:
         with pytest.raises(ValueError, match="num_folds is 0"):
             assign_folds(make_items(), 0)

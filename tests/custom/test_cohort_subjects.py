@@ -13,10 +13,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from cohort_subjects import LPS, SHAPE, STEMS, make_mask, make_subject, save
+from monai.transforms import Compose, NormalizeIntensityd
 
 from custom import cohort
 from custom.cohort import SubjectError, check_subject, find_subjects, subjects_from_names
+from custom.transforms import LoadSubjectd
 
 
 def names_of(layout: str, folder: str = "case") -> list[str]:
@@ -124,7 +127,30 @@ class TestNames:
 
     def test_scans_of_a_brats_2023_patient_share_a_patient(self) -> None:
         assert one(names_of("brats2023", "BraTS-GLI-00005-001")).patient == "BraTS-GLI-00005"
-        assert one(names_of("brats2021", "BraTS-GLI-00005-001")).patient == "BraTS-GLI-00005-001"
+        assert one(names_of("brats2021", "BraTS-GLI-00005-001")).patient == "BraTS-GLI-00005"
+
+    @pytest.mark.parametrize(
+        ("name", "patient"),
+        [
+            ("PatientID_0001_Timepoint_1", "PatientID_0001"),
+            ("sub-01_ses-2", "sub-01"),
+            ("sub-Jane_ses-postop_run-1", "sub-Jane"),
+            ("UPENN-GBM-00001_21", "UPENN-GBM-00001"),
+            ("UCSF-PDGM-0433_FU001d", "UCSF-PDGM-0433"),
+            ("Patient-001_week-000-1", "Patient-001"),
+            ("TCGA-02-0006_1998.08.23", "TCGA-02-0006"),
+            ("P01_20180217_064501", "P01"),
+            ("P01-visit2", "P01"),
+            ("P01_preop", "P01"),
+            ("20180217_064501", "20180217_064501"),
+            ("glioma_visit_3", "glioma_visit_3"),
+            ("site1_s01", "site1_s01"),
+            ("BraTS2021_00006", "BraTS2021_00006"),
+            ("1.2.826.0.1", "1.2.826.0.1"),
+        ],
+    )
+    def test_time_points_of_a_patient_are_told_by_name_in_any_layout(self, name: str, patient: str) -> None:
+        assert [one(names_of(layout, name)).patient for layout in STEMS] == [patient] * len(STEMS)
 
     @pytest.mark.parametrize("wrong", [{"layout": "bids"}, {"palette": "rainbow"}])
     def test_unknown_choices_are_refused(self, wrong: dict[str, str]) -> None:
@@ -168,6 +194,44 @@ class TestDiscovery:
         assert cohort.subject_from_files(*files[:4], name="Ada").name == "Ada"
         with pytest.raises(ValueError, match="palette"):
             cohort.subject_from_files(*files[:4], palette="rainbow")
+
+    @pytest.mark.parametrize(
+        ("pattern", "name"),
+        [
+            ("P1/{}/image", "P1"),
+            ("flat/P1_{}", "P1"),
+            ("flat/1.2.840.{}", "1.2.840"),
+            ("{}/P1", "P1"),
+            ("P1/brain_{}", "P1"),
+            ("P1/{}", "P1"),
+            ("sub-01/anat/sub-01_ses-1_{}", "sub-01_ses-1"),
+            ("Dr. House/x/{}/y/scan", "x"),
+        ],
+    )
+    def test_four_files_are_named_by_what_tells_them_from_others(self, pattern: str, name: str) -> None:
+        files = [f"/data/{pattern.format(key)}.nii.gz" for key in ("t1", "t1ce", "t2", "tirm")]
+        assert cohort.subject_from_files(*files).name == name
+
+    def test_a_name_without_a_number_serves_where_others_lie_beside(self, tmp_path: Path) -> None:
+        files = [tmp_path / f"{name}_{key}.nii" for name in ("Ada", "Bob") for key in ("t1", "t1ce", "t2", "flair")]
+        for file in files:
+            file.touch()
+        assert [cohort.subject_from_files(*files[n : n + 4]).name for n in (0, 4)] == ["Ada", "Bob"]
+
+    @pytest.mark.parametrize("name", ["a/b", "..", ".a", "x" * 181, "ä" * 91, "a\nb", "a\\b", " ", "\udcff"])
+    def test_a_name_that_no_output_can_have_is_refused(self, name: str) -> None:
+        with pytest.raises(SubjectError, match="can name no output files"):
+            cohort.subject_from_files("a", "b", "c", "d", name=name)
+        _, exclusions = subjects_from_names([f"{name}/{file}" for file in ("T1.nii", "T1c.nii", "T2.nii", "FLAIR.nii")])
+        assert len(exclusions) == 1
+
+    @pytest.mark.parametrize(
+        "name", ["20180217_064501", "1e5", "0042", "Doe,Jane", "None", "Müller 3", "scan#2", "0x1F"]
+    )
+    def test_names_stay_text(self, tmp_path: Path, name: str) -> None:
+        make_subject(tmp_path / "data" / name)
+        (item,) = cohort.Cohort(tmp_path / "data", tmp_path / "d.json", num_folds=1).subjects()
+        assert item["subject"] == name and cohort.Cohort(tmp_path / "data").inputs()[0]["subject"] == name
 
 
 class TestFacts:
@@ -220,7 +284,112 @@ class TestFacts:
         (folder / "T1.nii.gz").unlink()
         assert check_subject(find_subjects(tmp_path)[0][0])["shape"] == list(SHAPE)
 
+    def test_forms_that_disagree_are_a_warning(self, tmp_path: Path) -> None:
+        file = make_subject(tmp_path / "S1") / "T1.nii.gz"
+        image = nib.load(file)
+        image.set_qform(LPS + 5 * np.eye(4, k=3), code=1)
+        image.set_sform(LPS, code=1)
+        nib.save(image, file)
+        assert check_subject(find_subjects(tmp_path)[0][0])["warnings"] == [
+            "t1n: sform and qform differ by up to 5 mm: the sform is used"
+        ]
+
+    def test_a_mask_of_another_brain_is_a_warning(self, tmp_path: Path) -> None:
+        file = make_subject(tmp_path / "S1") / "T2w.nii.gz"
+        voxels = np.asarray(nib.load(file).dataobj).copy()
+        voxels[5:] = 0
+        save(file, voxels)
+        (warning,) = check_subject(find_subjects(tmp_path)[0][0])["warnings"]
+        assert warning == "t2w: is 0 in 75 % of the brain that the others show: check its brain mask"
+
     def test_affines_within_tolerance_are_one_grid(self, tmp_path: Path) -> None:
         folder = make_subject(tmp_path / "S1")
         save(folder / "mask.nii.gz", make_mask(), LPS + 5e-4 * np.eye(4, k=3))
         assert check_subject(find_subjects(tmp_path)[0][0])["has_et"]
+
+    def test_affines_that_differ_by_rounding_give_the_grid_of_the_first(self, tmp_path: Path) -> None:
+        folder = make_subject(tmp_path / "S1")
+        for number, stem in enumerate(STEMS["plain"][1:4]):
+            drift = 4e-4 * np.random.default_rng(number).choice([-1, 1], (4, 4)) * [[1], [1], [1], [0]]
+            save(folder / f"{stem}.nii.gz", np.asarray(nib.load(folder / f"{stem}.nii.gz").dataobj), LPS + drift)
+        (item,) = cohort.Cohort(tmp_path).inputs()
+        image = LoadSubjectd("image")(item)["image"]
+        np.testing.assert_array_equal(image.affine, LPS)
+
+
+BACKGROUNDS = {
+    "of one value": lambda v: np.where(v == 0, -1024, v),
+    "of one value in floats": lambda v: np.where(v == 0, -1000.5, v).astype(np.float32),
+    "of the lowest number": lambda v: np.where(v == 0, np.finfo(np.float32).min, v).astype(np.float32),
+    "of z-scores": lambda v: ((v - v.mean()) / v.std()).astype(np.float32),
+    "of ringing": lambda v: np.where(v == 0, np.random.default_rng(0).normal(0, 1e-5, v.shape), v),
+    "of noise around a value": lambda v: np.where(v == 0, np.random.default_rng(0).normal(-7, 1e-3, v.shape), v),
+    "of NaN": lambda v: np.where(v == 0, np.nan, v),
+    "of infinity": lambda v: np.where(v == 0, -np.inf, v).astype(np.float32),
+}
+
+
+class TestPutRight:
+    @pytest.mark.parametrize("kind", BACKGROUNDS)
+    @pytest.mark.parametrize("which", [slice(0, 4), slice(2, 3)], ids=["in all", "in one"])
+    def test_a_background_that_is_not_zero(self, tmp_path: Path, kind: str, which: slice) -> None:
+        folder = make_subject(tmp_path / "S1")
+        (item,) = cohort.Cohort(tmp_path).inputs()
+        normalise = Compose([LoadSubjectd("image"), NormalizeIntensityd("image", nonzero=True, channel_wise=True)])
+        expected = normalise(item)
+        for file in item["image"][which]:
+            save(Path(file), BACKGROUNDS[kind](np.asarray(nib.load(file).dataobj)))
+        made = normalise(item)
+        assert torch.equal(made["brain"], expected["brain"])
+        assert torch.equal(made["image"] == 0, expected["image"] == 0)
+        np.testing.assert_allclose(made["image"], expected["image"], atol=2e-3)
+        assert len(made["warnings"]) == len(item["image"][which]) and folder.exists()
+        assert all("the background is not 0 but" in warning for warning in made["warnings"])
+
+    def test_zeros_of_a_brain_before_another_background_stay_brain(self, tmp_path: Path) -> None:
+        make_subject(tmp_path / "S1")
+        (item,) = cohort.Cohort(tmp_path).inputs()
+        for file in item["image"]:
+            voxels = np.asarray(nib.load(file).dataobj) - 1
+            voxels[8, 7, 6] = 0
+            save(Path(file), voxels)
+        assert LoadSubjectd("image")(item)["brain"].sum() == 12 * 10 * 8
+
+    def test_a_head_with_its_skull_is_left_alone(self, tmp_path: Path) -> None:
+        noise = np.random.default_rng(0)
+        make_subject(tmp_path / "S1")
+        (item,) = cohort.Cohort(tmp_path).inputs()
+        for file in item["image"]:
+            save(Path(file), np.asarray(nib.load(file).dataobj) + noise.rayleigh(9, SHAPE))
+        made = LoadSubjectd("image")(item)
+        assert (made["image"] != 0).all() and all("skull" in warning for warning in made["warnings"])
+
+    @pytest.mark.parametrize("codes", ["RAS", "PIR", "SLA"])
+    def test_a_modality_along_other_axes_of_the_grid(self, tmp_path: Path, codes: str) -> None:
+        make_subject(tmp_path / "S1")
+        (item,) = cohort.Cohort(tmp_path).inputs()
+        expected = LoadSubjectd("image")(item)["image"]
+        for file in item["image"][1:3]:
+            image = nib.load(file)
+            turn = nib.orientations.ornt_transform(
+                nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(tuple(codes))
+            )
+            nib.save(image.as_reoriented(turn), file)
+        made = LoadSubjectd("image")(item)
+        assert torch.equal(made["image"].as_tensor(), expected.as_tensor())
+        assert made["warnings"] == [
+            f"{key}: stored in another orientation of the same grid ({codes}): brought into line (LPS)"
+            for key in ("t1c", "t2w")
+        ]
+
+    def test_an_axis_of_length_one(self, tmp_path: Path) -> None:
+        folder = make_subject(tmp_path / "S1")
+        (item,) = cohort.Cohort(tmp_path).inputs()
+        expected = LoadSubjectd("image")(item)["image"]
+        for file in folder.iterdir():
+            save(file, np.asarray(nib.load(file).dataobj)[..., None, None])
+        made = LoadSubjectd("image")(item)
+        assert torch.equal(made["image"].as_tensor(), expected.as_tensor())
+        assert len(made["warnings"]) == 4 and "(16 x 14 x 12 x 1 x 1)" in made["warnings"][0]
+        facts = check_subject(find_subjects(tmp_path)[0][0])
+        assert facts["voxels"]["WT"] == 125 and facts["shape"] == list(SHAPE)
