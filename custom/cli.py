@@ -140,9 +140,8 @@ def validate(
         unknown_labels: "exclude" subjects with undocumented labels, or take them as "background".
         allow_empty_mask: keep subjects whose mask holds no tumour.
     """
-    if Path(output).exists():
-        Path(output).unlink()
     cohort = {
+        "rebuild": True,
         "layout": layout,
         "palette": palette,
         "unknown_labels": unknown_labels,
