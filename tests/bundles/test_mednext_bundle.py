@@ -116,6 +116,17 @@ def test_release_recipe_trains_resumes_and_saves_the_average_of_the_last_epoch(p
     assert torch.load(tmp_path / "fold0" / "last.pt", weights_only=True)["progress"]["epoch"] == 2
 
 
+def test_the_finer_stage_starts_from_the_weights_of_the_coarser_one(phantoms, tmp_path):
+    small = {"spacing": [5.0] * 3, "patch_size": [32, 32, 32], "crop_margin": 8, "pad_margin": 2, "warmup_epochs": 0}
+    settings = {"dataset_dir": str(phantoms), "num_folds": 3, "max_epochs": 1} | small
+    run("comnet_mednext", "train.json", "release.json", models_dir=str(tmp_path / "coarse"), **settings)
+    start = tmp_path / "coarse" / "fold0" / "model.pt"
+    settings |= {"models_dir": str(tmp_path / "fine"), "start_from": str(start), "learning_rate": 0.0}
+    run("comnet_mednext", "train.json", "release.json", "release_finer.json", **settings)
+    before, after = (read_checkpoint(path)[0] for path in (start, tmp_path / "fine" / "fold0" / "model.pt"))
+    assert all(torch.allclose(after[key], before[key], atol=1e-6) for key in before)
+
+
 def test_inner_selection_neither_trains_nor_chooses_on_the_fold_that_is_scored(phantoms, tmp_path):
     train(tmp_path, phantoms, selection="inner", max_epochs=1)
     state, facts = read_checkpoint(tmp_path / "fold0" / "model.pt")
