@@ -229,8 +229,7 @@ def _listed(names: str | Sequence[str] | None) -> list[str]:
 
 def tell_results(run_dir: Path) -> None:
     """Print Table 2 of a finished run, and where its report is."""
-    from .report.records import read_run
-    from .report.tables import table2_text
+    from .report import read_run, table2_text
 
     print(table2_text(read_run(run_dir).scores))
     print(f"look at {run_dir / 'report' / 'report.html'}")
@@ -375,8 +374,7 @@ def _step_job(make: Any, run: Path, number: int, name: str) -> Any:
 
 
 def _report_steps(run: Path) -> None:
-    from .report import write_scores_report
-    from .report.records import read_scores
+    from .report import read_scores, write_scores_report
 
     folders = [run / "steps" / f"{number + 1}" for number in range(len(STEPS))]
     scores = [score for folder in folders for score in read_scores(folder)]

@@ -56,8 +56,9 @@ def check_version(version: str, bundle_root: str | os.PathLike = ".") -> str:
 
 
 def package_files(package: Path = PACKAGE) -> dict[str, Path]:
-    """Map the names of a package's source files, with forward slashes and in order, to the files themselves."""
-    return dict(sorted((path.relative_to(package).as_posix(), path) for path in package.rglob("*.py")))
+    """Map the names of a package's sources and page templates, with forward slashes and in order, to the files."""
+    found = (path for pattern in ("*.py", "templates/*.html") for path in package.rglob(pattern))
+    return dict(sorted((path.relative_to(package).as_posix(), path) for path in found))
 
 
 def package_digest(package: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import UserError
-from ..report.records import MODELS
+from ..report import MODELS
 from ..weights import fold_checkpoint
 from .job import Job, Stage
 from .overlays import Overlays

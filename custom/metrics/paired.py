@@ -20,7 +20,7 @@ def paired_differences(
     baseline: str,
     score: str = "dice",
     seed: int = 0,
-    confidence: float = 0.95,
+    confidence: float | None = 0.95,
     num_resamples: int = 9999,
 ) -> dict[str, dict[str, Any]]:
     """Compare two models subject by subject.
@@ -31,7 +31,8 @@ def paired_differences(
         baseline: name of the other, whose score is subtracted.
         score: column without its region: `dice`, `dice_brats`, `hd95` and so on.
         seed: of the resampling; the same rows in any order give the same numbers.
-        confidence: of the interval.
+        confidence: of the interval; None gives neither interval nor p, for scores that a choice on the same subjects
+            has touched.
         num_resamples: bootstrap samples of subjects.
 
     Returns:
@@ -58,9 +59,11 @@ def paired_differences(
         differences = _column(ours, both, column, model) - _column(theirs, both, column, baseline)
         defined = differences[~np.isnan(differences)]
         counts = {"pairs": len(defined), "unpaired": unpaired, "undefined": len(both) - len(defined)}
-        interval, method = _interval(defined, seed, confidence, num_resamples)
         mean = float(defined.mean()) if len(defined) else math.nan
-        test = {"difference": mean, "interval": interval, "method": method, "p": _wilcoxon(defined)}
+        test: dict[str, Any] = {"difference": mean, "interval": [math.nan, math.nan], "method": None, "p": math.nan}
+        if confidence is not None:
+            interval, method = _interval(defined, seed, confidence, num_resamples)
+            test |= {"interval": interval, "method": method, "p": _wilcoxon(defined)}
         comparison[region] = counts | test
     return comparison
 

@@ -1,9 +1,9 @@
-"""The pictures of one subject from its files."""
+"""Pictures of one subject: MRI in three planes through the tumour with the outlines of the regions."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,33 +11,191 @@ import nibabel as nib
 import numpy as np
 from nibabel.processing import resample_from_to
 
-from ..cohort import MODALITIES, PALETTES
+from ..cohort import MODALITIES, PALETTES, REGION_TISSUES, REGIONS
 from ..files import whole_file
-from .figures import qc_figure
-from .panels import BACKGROUND
-from .representative import truth_figure
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PathLike = str | os.PathLike[str]
+REGION_COLOURS = {"ET": "#D55E00", "TC": "#F0E442", "WT": "#56B4E9"}
+REGION_NAMES = {"ET": "enhancing tumour", "TC": "tumour core", "WT": "whole tumour"}
+PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}
+MARKERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
+BACKGROUND, INK, FAINT, ALERT = "#0b0d10", "#f2f2f2", "#b4bac2", "#ffb454"
+MARGIN_MM = 11.0
+QC_ROWS = {"T1c": "t1c", "T2-FLAIR": "flair"}
+LINE_WIDTHS = {"ET": 1.0, "TC": 2.3, "WT": 2.3}
+REFERENCE_WIDTH, TRUTH_WIDTH = 1.2, 1.3
+FILL_OPACITY = 0.38
+MAX_WARNING = 100
+"""Characters of a warning that fit beside the note at the bottom."""
+
+
+def region_masks(label_map: np.ndarray, palette: str = "brats2023") -> dict[str, np.ndarray]:
+    """Boolean mask of each region in a label map of any shape, in the order of `REGIONS`.
+
+    Raises:
+        KeyError: the palette is none of `PALETTES`.
+    """
+    values = PALETTES[palette]
+    return {region: np.isin(label_map, [values[t] for t in REGION_TISSUES[region]]) for region in REGIONS}
+
+
+def region_volumes(label_map: np.ndarray, voxel_volume_mm3: float, palette: str = "brats2023") -> dict[str, float]:
+    """Volume in ml of ET, TC and WT in a label map whose voxels measure `voxel_volume_mm3`."""
+    masks = region_masks(label_map, palette)
+    return {region: float(np.count_nonzero(mask) * voxel_volume_mm3 / 1000) for region, mask in masks.items()}
 
 
 @dataclass(frozen=True)
-class Scan:
-    """What a picture shows, with axes to the Right, Anterior and Superior.
+class View:
+    """Which slices of a grid [X, Y, Z] are shown, and which part of them.
 
     Attributes:
-        images: four arrays [X, Y, Z] in the order of `MODALITIES`.
-        label_map: [X, Y, Z].
-        spacing: voxel size in mm.
-        reference: ground truth in the palette of the label map, [X, Y, Z], or None.
+        slices: index of the sagittal, the coronal and the axial slice.
+        box: part of each axis that is shown.
+        spacing: voxel size along each axis, in mm.
+        shape: voxels along each axis of the whole grid.
     """
 
-    images: list[np.ndarray]
-    label_map: np.ndarray
-    spacing: list[float]
-    reference: np.ndarray | None
+    slices: tuple[int, int, int]
+    box: tuple[slice, ...]
+    spacing: tuple[float, ...]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def through(cls, tumours: Sequence[np.ndarray], brain: np.ndarray, spacing: Sequence[float]) -> View:
+        """The view of brain and tumours, [X, Y, Z] boolean, whose slices are `tumour_slices`; spacing in mm."""
+        box = _bounding_box(np.logical_or.reduce([brain, *tumours]), MARGIN_MM / np.asarray(spacing))
+        return cls(tumour_slices(*tumours, fallback=brain), box, tuple(map(float, spacing)), brain.shape)
+
+    def cut(self, volume: np.ndarray, plane: str) -> np.ndarray:
+        """The slice of [X, Y, Z] in one of `PLANES`, its rows upwards."""
+        return volume[tuple(self.slices[axis] if axis == PLANES[plane] else self.box[axis] for axis in range(3))].T
+
+    def aspect(self, plane: str) -> float:
+        """Height of a pixel over its width."""
+        across, up = (self.spacing[axis] for axis in range(3) if axis != PLANES[plane])
+        return up / across
+
+
+def tumour_slices(*masks: np.ndarray, fallback: np.ndarray) -> tuple[int, int, int]:
+    """Index, along each axis, of the slice on which the tumour is largest.
+
+    Args:
+        masks: whole tumour, [X, Y, Z] boolean; the first that is not empty counts.
+        fallback: brain, [X, Y, Z] boolean; its middle is taken where all masks are empty, the grid's where it is too.
+    """
+    mask = next((one for one in masks if one.any()), None)
+    if mask is None:
+        x, y, z = ((b.start + b.stop) // 2 for b in _bounding_box(fallback, (0, 0, 0)))
+    else:
+        x, y, z = (int(mask.sum(axis=axes).argmax()) for axes in ((1, 2), (0, 2), (0, 1)))
+    return x, y, z
+
+
+def qc_figure(
+    images: Sequence[np.ndarray] | np.ndarray,
+    label_map: np.ndarray,
+    spacing: Sequence[float],
+    title: str,
+    subtitle: str = "",
+    regions: Sequence[str] = REGIONS,
+    reference: np.ndarray | None = None,
+    weights_note: str = "",
+    palette: str = "brats2023",
+    warning: str = "",
+) -> Figure:
+    """Draws T1c and T2-FLAIR in three planes through the tumour, with outlines of the regions and their volumes.
+
+    The display is radiological: the patient's right is on the left, and the letters on the panels say so.
+
+    Args:
+        images: four modalities, [4, X, Y, Z], axes to the Right, Anterior and Superior; zero outside the brain.
+        label_map: [X, Y, Z] in `palette`, drawn as solid lines.
+        spacing: voxel size in mm.
+        title: first line, such as the subject's name.
+        subtitle: text on the right of the title.
+        regions: which of `REGIONS` to outline.
+        reference: ground truth, [X, Y, Z] in `palette`, drawn as dashed lines.
+        weights_note: what the reader must know about the weights.
+        palette: key of `PALETTES`.
+        warning: what the reader must know about this mask, such as a region that post-processing erased.
+
+    Returns:
+        A figure of 1200 x 850 pixels at 100 dpi; its axes are the panels, row by row (T1c, T2-FLAIR), each with
+        axial, coronal and sagittal. Slice numbers count from the left, the back and the bottom.
+
+    Raises:
+        ValueError: images, label map and reference are not four modalities and masks of one shape.
+    """
+    from matplotlib.lines import Line2D
+
+    label_maps = [label_map] if reference is None else [label_map, reference]
+    _check_shapes(title, images, label_maps)
+    masks = [region_masks(one, palette) for one in label_maps]
+    shown = {name: np.nan_to_num(images[MODALITIES.index(key)]) for name, key in QC_ROWS.items()}
+    tumours = [one["WT"] for one in masks]
+    view = View.through(tumours, np.logical_or.reduce([image != 0 for image in shown.values()]), spacing)
+    figure, panels = _canvas(view, shown)
+    for axes, plane in ((axes, plane) for row in panels for axes, plane in zip(row, PLANES, strict=True)):
+        for region in (r for r in reversed(REGIONS) if r in regions):
+            for one, style in zip(masks, ("solid", "dashed"), strict=False):
+                width = LINE_WIDTHS[region] if style == "solid" else REFERENCE_WIDTH
+                _outline(axes, view.cut(one[region], plane), region, style, width)
+    volumes = [region_volumes(one, float(np.prod(spacing)), palette) for one in label_maps]
+    labels = {region: f"{REGION_NAMES[region]} {volumes[0][region]:.1f} ml" for region in REGIONS if region in regions}
+    if reference is not None:
+        labels = {region: f"{volumes[0][region]:.1f} ml (reference {volumes[1][region]:.1f} ml)" for region in labels}
+    handles: list[Artist] = [
+        Line2D([], [], color=REGION_COLOURS[region], linewidth=3, label=f"{region} {text}")
+        for region, text in labels.items()
+    ]
+    if reference is not None:
+        handles += [Line2D([], [], color=INK, label="predicted")]
+        handles += [Line2D([], [], color=INK, label="reference", linestyle="dashed")]
+    _legend(figure, handles, fontsize=13 if reference is None else 11, columnspacing=1.5, handlelength=1.8)
+    empty = "" if tumours[0].any() else "No tumour in the mask"
+    _captions(figure, title, subtitle, weights_note, ". ".join(one for one in (empty, warning) if one))
+    return figure
+
+
+def truth_figure(
+    images: Sequence[np.ndarray] | np.ndarray,
+    label_map: np.ndarray,
+    reference: np.ndarray,
+    spacing: Sequence[float],
+    title: str,
+    subtitle: str = "",
+    weights_note: str = "",
+    palette: str = "brats2023",
+) -> Figure:
+    """Draws T1c in three planes with the regions in colour, the ground truth above the prediction (paper, Figure 2).
+
+    Both rows show the same slices, those on which the true tumour is largest. Arguments, return and errors as of
+    `qc_figure`; `label_map` is the prediction.
+    """
+    from matplotlib.patches import Patch
+
+    label_maps = (reference, label_map)
+    _check_shapes(title, images, label_maps)
+    masks = [region_masks(one, palette) for one in label_maps]
+    brain = np.logical_or.reduce([np.nan_to_num(image) != 0 for image in images])
+    view = View.through([one["WT"] for one in masks], brain, spacing)
+    image = np.nan_to_num(images[MODALITIES.index("t1c")])
+    figure, panels = _canvas(view, {"ground truth": image, "prediction": image})
+    for row, regions in zip(panels, masks, strict=True):
+        for axes, plane in zip(row, PLANES, strict=True):
+            _paint(axes, {region: view.cut(regions[region], plane) for region in REGIONS}, view.aspect(plane))
+    true, predicted = (region_volumes(one, float(np.prod(spacing)), palette) for one in label_maps)
+    labels = {r: f"{REGION_NAMES[r]}\n{true[r]:.1f} ml, predicted {predicted[r]:.1f} ml" for r in REGIONS}
+    handles = [Patch(color=REGION_COLOURS[region], label=f"{region} {text}") for region, text in labels.items()]
+    _legend(figure, handles, fontsize=11, columnspacing=4.0)
+    _captions(figure, title, subtitle, weights_note, "" if masks[1]["WT"].any() else "No tumour in the prediction")
+    return figure
 
 
 def write_qc_picture(
@@ -50,6 +208,7 @@ def write_qc_picture(
     palette: str = "brats2023",
     reference_path: PathLike | None = None,
     reference_palette: str = "brats2021",
+    warning: str = "",
 ) -> None:
     """Writes `qc_figure` of NIfTI files as a PNG of 1200 x 850 pixels, whole or not at all.
 
@@ -64,23 +223,17 @@ def write_qc_picture(
         palette: key of `PALETTES` for the label map.
         reference_path: ground truth, drawn dashed.
         reference_palette: key of `PALETTES` for the ground truth.
+        warning: what the reader must know about this mask.
 
     Raises:
         ValueError: there are not four modalities.
         OSError: a file cannot be read, or the picture cannot be written.
     """
-    scan = _load(image_paths, label_map_path, palette, reference_path, reference_palette)
-    figure = qc_figure(
-        scan.images,
-        scan.label_map,
-        scan.spacing,
-        title,
-        subtitle,
-        reference=scan.reference,
-        weights_note=weights_note,
-        palette=palette,
+    images, label_map, spacing, reference = _load(
+        image_paths, label_map_path, palette, reference_path, reference_palette
     )
-    _save(figure, path)
+    texts = {"title": title, "subtitle": subtitle, "weights_note": weights_note, "warning": warning}
+    _save(qc_figure(images, label_map, spacing, reference=reference, palette=palette, **texts), path)
 
 
 def write_truth_picture(
@@ -95,11 +248,11 @@ def write_truth_picture(
     reference_palette: str = "brats2021",
 ) -> None:
     """Writes `truth_figure` of NIfTI files (paper, Figure 2); arguments and errors as of `write_qc_picture`."""
-    scan = _load(image_paths, label_map_path, palette, reference_path, reference_palette)
-    figure = truth_figure(
-        scan.images, scan.label_map, scan.reference, scan.spacing, title, subtitle, weights_note, palette
+    images, label_map, spacing, reference = _load(
+        image_paths, label_map_path, palette, reference_path, reference_palette
     )
-    _save(figure, path)
+    assert reference is not None
+    _save(truth_figure(images, label_map, reference, spacing, title, subtitle, weights_note, palette), path)
 
 
 def _load(
@@ -108,32 +261,22 @@ def _load(
     palette: str,
     reference_path: PathLike | None,
     reference_palette: str,
-) -> Scan:
+) -> tuple[list[np.ndarray], np.ndarray, list[float], np.ndarray | None]:
+    """Images, label map, spacing and reference in the label map's palette; axes to the Right, Anterior, Superior."""
     target = nib.as_closest_canonical(nib.load(label_map_path))
     reference = None
     if reference_path is not None:
-        reference = _load_on_grid(nib.load(reference_path), target, order=0)
-        reference = _translate(np.rint(reference), reference_palette, palette)
-    return Scan(
-        images=[_load_on_grid(image, target, order=1) for image in _modalities(image_paths)],
-        label_map=np.asarray(target.dataobj).squeeze(),
-        spacing=[float(s) for s in target.header.get_zooms()[:3]],
-        reference=reference,
-    )
-
-
-def _save(figure: Figure, path: PathLike) -> None:
-    with whole_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=100, facecolor=BACKGROUND)
-
-
-def _modalities(paths: Sequence[PathLike]) -> list[nib.spatialimages.SpatialImage]:
-    images = [nib.load(path) for path in paths]
-    if len(images) == 1 and images[0].ndim == 4:
-        images = nib.four_to_three(images[0])
-    if len(images) != len(MODALITIES):
-        raise ValueError(f"expected {len(MODALITIES)} modalities {MODALITIES}, got {len(images)} from {list(paths)}")
-    return images
+        labels = np.rint(_load_on_grid(nib.load(reference_path), target, order=0))
+        tissues = PALETTES[reference_palette]
+        reference = np.select([labels == tissues[t] for t in tissues], [PALETTES[palette][t] for t in tissues], 0)
+    files = [nib.load(path) for path in image_paths]
+    if len(files) == 1 and files[0].ndim == 4:
+        files = nib.four_to_three(files[0])
+    if len(files) != len(MODALITIES):
+        raise ValueError(f"expected 4 modalities {MODALITIES}, got {len(files)} from {list(image_paths)}")
+    images = [_load_on_grid(image, target, order=1) for image in files]
+    spacing = [float(size) for size in target.header.get_zooms()[:3]]
+    return images, np.asarray(target.dataobj).squeeze(), spacing, reference
 
 
 def _load_on_grid(image: nib.spatialimages.SpatialImage, target: nib.Nifti1Image, order: int) -> np.ndarray:
@@ -144,6 +287,96 @@ def _load_on_grid(image: nib.spatialimages.SpatialImage, target: nib.Nifti1Image
     return np.asarray(image.dataobj, dtype=np.float32)
 
 
-def _translate(label_map: np.ndarray, source: str, target: str) -> np.ndarray:
-    tissues = PALETTES[source]
-    return np.select([label_map == tissues[t] for t in tissues], [PALETTES[target][t] for t in tissues], 0)
+def _save(figure: Figure, path: PathLike) -> None:
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=100, facecolor=BACKGROUND)
+
+
+def _check_shapes(title: str, images: Sequence[np.ndarray] | np.ndarray, label_maps: Sequence[np.ndarray]) -> None:
+    shapes = [np.shape(one) for one in (*images, *label_maps)]
+    if len(images) != len(MODALITIES) or len(set(shapes)) != 1 or len(shapes[0]) != 3:
+        raise ValueError(f"{title}: expected 4 images and their masks on one 3-D grid, got {shapes}")
+
+
+def _canvas(view: View, rows: Mapping[str, np.ndarray]) -> tuple[Figure, np.ndarray]:
+    """A dark figure with two images [X, Y, Z] in all planes, and its axes [2, 3], wide enough for the planes."""
+    from matplotlib.figure import Figure
+
+    x, y, z = ((b.stop - b.start) * s for b, s in zip(view.box, view.spacing, strict=True))
+    figure = Figure(figsize=(12, 8.5), dpi=100, facecolor=BACKGROUND)
+    panels = figure.subplots(2, 3, gridspec_kw={"width_ratios": (x / y, x / z, y / z)})
+    figure.subplots_adjust(left=0.045, right=0.99, top=0.895, bottom=0.115, wspace=0.03, hspace=0.03)
+    for axes, (plane, axis) in zip(panels[0], PLANES.items(), strict=True):
+        heading = f"{plane}, slice {view.slices[axis] + 1} of {view.shape[axis]}"
+        axes.set_title(heading, color=FAINT, fontsize=11, pad=5)
+    for row, (name, image) in zip(panels, rows.items(), strict=True):
+        brain = image[image != 0]
+        low, high = np.percentile(brain, (0.5, 99.2)) if brain.size else (0, 1)
+        row[0].set_ylabel(name, color=INK, fontsize=14, labelpad=6)
+        for axes, plane in zip(row, PLANES, strict=True):
+            grey = {"cmap": "gray", "vmin": float(low), "vmax": float(max(high, low + 1e-6))}
+            axes.imshow(
+                view.cut(image, plane), origin="lower", aspect=view.aspect(plane), **grey, interpolation="bilinear"
+            )
+            _mark_sides(axes, plane)
+    return figure, panels
+
+
+def _mark_sides(axes: Axes, plane: str) -> None:
+    """Turn a panel to radiological display, and name its sides."""
+    axes.invert_xaxis()
+    axes.autoscale(False)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    places = ((0.015, 0.5), (0.985, 0.5), (0.5, 0.985), (0.5, 0.015))
+    alignments = (("left", "center"), ("right", "center"), ("center", "top"), ("center", "bottom"))
+    for letter, place, (horizontal, vertical) in zip(MARKERS[plane], places, alignments, strict=True):
+        axes.text(*place, letter, color=INK, fontsize=12, ha=horizontal, va=vertical, transform=axes.transAxes)
+
+
+def _outline(axes: Axes, mask: np.ndarray, region: str, style: str, width: float) -> None:
+    """Draw the outline of a mask [rows, columns] in the colour of its region; nothing where it is empty."""
+    if not mask.any():
+        return
+    rows, columns = (np.arange(-1, size + 1) for size in mask.shape)
+    closed = np.pad(mask.astype(np.float32), 1)
+    options = {"colors": [REGION_COLOURS[region]], "linewidths": width, "linestyles": style}
+    axes.contour(columns, rows, closed, [0.5], **options).set_label(f"{region} {style}")
+
+
+def _paint(axes: Axes, masks: Mapping[str, np.ndarray], aspect: float) -> None:
+    """Fill and outline the regions; the smaller lies on the larger."""
+    from matplotlib.colors import to_rgb
+
+    overlay = np.zeros((*masks["WT"].shape, 4))
+    for region in reversed(REGIONS):
+        overlay[masks[region]] = (*to_rgb(REGION_COLOURS[region]), FILL_OPACITY)
+    axes.imshow(overlay, origin="lower", aspect=aspect, interpolation="nearest")
+    for region in reversed(REGIONS):
+        _outline(axes, masks[region], region, "solid", TRUTH_WIDTH)
+
+
+def _legend(figure: Figure, handles: Sequence[Artist], **options: float) -> None:
+    place = {"loc": "center", "bbox_to_anchor": (0.5, 0.075), "ncols": len(handles)}
+    figure.legend(handles=handles, frameon=False, labelcolor=INK, **place, **options)
+
+
+def _captions(figure: Figure, title: str, subtitle: str, weights_note: str, warning: str) -> None:
+    """Title and subtitle on top, a warning and what the weights are at the bottom."""
+    figure.text(0.012, 0.97, title, color=INK, fontsize=17, weight="bold", va="center", parse_math=False)
+    figure.text(0.988, 0.97, subtitle, color=FAINT, fontsize=12, va="center", ha="right", parse_math=False)
+    note = " · ".join(part for part in (weights_note, "research use, not a medical device") if part)
+    figure.text(0.988, 0.018, note, color=ALERT, fontsize=11, va="center", ha="right", parse_math=False)
+    if warning:
+        shown = warning if len(warning) <= MAX_WARNING else f"{warning[: MAX_WARNING - 1]}…"
+        figure.text(0.012, 0.043, shown, color=ALERT, fontsize=12, weight="bold", va="center", parse_math=False)
+
+
+def _bounding_box(mask: np.ndarray, margin: Sequence[float] | np.ndarray) -> tuple[slice, ...]:
+    if not mask.any():
+        return tuple(slice(0, n) for n in mask.shape)
+    box = []
+    for axis, (size, extra) in enumerate(zip(mask.shape, margin, strict=True)):
+        used = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+        box.append(slice(max(0, int(used[0] - extra)), min(size, int(np.ceil(used[-1] + 1 + extra)))))
+    return tuple(box)

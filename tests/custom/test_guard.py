@@ -47,6 +47,10 @@ def test_digest_sees_names_and_contents_and_no_caches(tmp_path):
     assert package_digest(one) == digest
     (one / "files.py").rename(one / "renamed.py")
     assert package_digest(one) != digest
+    template = one / "report" / "templates" / "base.html"
+    digest = package_digest(one)
+    template.write_text(template.read_text(encoding="utf-8") + "<!-- changed -->", encoding="utf-8")
+    assert package_digest(one) != digest
     assert "cohort/checks.py" in package_files(one) and list(package_files(one)) == sorted(package_files(one))
 
 

@@ -54,7 +54,9 @@ def test_custom_in_the_zip_is_the_source_whole(dist, bundle):
     prefix = f"{bundle}/custom/"
     ours = {name.removeprefix(prefix): zipped.read(name) for name in zipped.namelist() if name.startswith(prefix)}
     source = Path(custom.__file__).parent
-    assert ours == {path.relative_to(source).as_posix(): path.read_bytes() for path in source.rglob("*.py")}
+    files = [*source.rglob("*.py"), *source.rglob("*.html")]
+    assert ours == {path.relative_to(source).as_posix(): path.read_bytes() for path in files}
+    assert "report/templates/base.html" in ours, "without templates no report could be written"
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from custom.report import write_qc_picture
+from custom.report.pages import environment
 
 SPACING = (1.0, 1.5, 3.0)
 SHAPE = (40, 50, 20)
@@ -50,6 +51,17 @@ class Page(HTMLParser):
 def read_page():
     """Turns the path of a page into a `Page`."""
     return Page
+
+
+@pytest.fixture(scope="session")
+def render():
+    """HTML of a table by the macro that all pages use, without the space between elements."""
+
+    def html(table):
+        source = '{% from "elements.html" import table %}{{ table(one) }}'
+        return "".join(line.strip() for line in environment().from_string(source).render(one=table).splitlines())
+
+    return html
 
 
 @pytest.fixture

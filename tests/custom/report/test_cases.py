@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from custom.report import median_subject, what_went_wrong, worst_first
-from custom.report.cases import mean_dice
+from custom.report.runs import mean_dice, median_subject, what_went_wrong, worst_first
 
 
 def _one(region="TC", *, dice, predicted, true, hd95=1.0):

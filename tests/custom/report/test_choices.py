@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from custom.report.choices import choices
+import pytest
+
+from custom.report.tables import choices
 
 REGION = {
     "threshold": 0.45,
@@ -21,20 +23,42 @@ REGION = {
 }
 
 
-def test_figures_and_reasons():
-    html = choices(
-        {"num_subjects": 11, "regions": {"WT": REGION | {"refine": False}, "ET": REGION}, "convention": "brats"}
-    )
-    assert html.index('<th scope="row">ET</th><td><strong>yes</strong>') < html.index('<th scope="row">WT</th><td>no')
+@pytest.fixture
+def shown(render):
+    """Tables and reasons as they stand on the page."""
+
+    def show(tuning):
+        found = choices(tuning)
+        return "".join(map(render, found.get("tables", []))) + "".join(found.get("reasons", []))
+
+    return show
+
+
+TUNING = {"num_subjects": 11, "regions": {"WT": REGION | {"refine": False}, "ET": REGION}, "convention": "brats"}
+
+
+def test_figures_and_reasons(shown):
+    html = shown(TUNING | {"selection": "last"})
+    et, wt = (f'<th scope="row" class="name">{region}</th><td>' for region in ("ET", "WT"))
+    assert html.index(f"{et}<strong>yes</strong>") < html.index(f"{wt}no")
     assert "+0.0275 [+0.0010, +0.0500]" in html and "0.4375" in html
     assert "<td>0.45</td><td>100</td><td>0.4300</td><td>0.4500</td><td>no</td>" in html
-    assert "ET: it helps &lt;here&gt;" in html and "11 subjects. BraTS convention" in html
+    assert "ET: it helps <here>" in html and "11 subjects. BraTS convention" in html
 
 
-def test_what_is_missing_is_a_dash():
-    html = choices({"regions": {"ET": {"refine": True, "difference": math.nan, "interval": None}}})
+def test_what_is_missing_is_a_dash(shown):
+    html = shown({"regions": {"ET": {"refine": True, "difference": math.nan, "interval": None}}})
     assert html.count("–") == 3 + 5 and "nan" not in html
 
 
 def test_nothing_was_tuned():
-    assert choices({}) == "" and choices({"regions": {}}) == ""
+    assert choices({}) == {} and choices({"regions": {}}) == {}
+
+
+@pytest.mark.parametrize("rule", [{}, {"selection": "paper"}, {"selection": "unheard of"}])
+def test_no_interval_where_epochs_were_chosen_on_these_subjects(shown, rule):
+    reason = "Refining raises mean Dice by 0.0275 (95 % interval of the difference +0.0010 to +0.0500) and is kept."
+    html = shown(TUNING | {"regions": {"ET": REGION | {"reason": reason}}} | rule)
+    assert "+0.0275" in html and "0.0500" not in html and "Means only" in html
+    assert "ET: Refining raises mean Dice by 0.0275 and is kept." in html
+    assert "95 %" not in html

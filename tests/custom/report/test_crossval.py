@@ -13,7 +13,8 @@ import pytest
 from custom.cohort import build_datalist, write_datalist
 from custom.metrics import score_subject
 from custom.phantom import write_cohort
-from custom.report import region_masks, small_run_line, write_crossval_report
+from custom.report import region_masks, write_crossval_report
+from custom.report.reports import small_run_line
 
 MODELS = {"segresnet": ("SegResNet", 3), "mednext": ("MedNeXt", 2), "comnet": ("CoMNeT", 1)}
 NOTE = "made-up predictions"
@@ -113,7 +114,10 @@ class TestWholeRun:
         assert [row["model"] for row in rows] == [name for name, _ in MODELS.values() for _ in range(3)]
         name = rows[-1]["subject"]
         record = json.loads((finished / "comnet" / "scores" / name / "record.json").read_text())
-        assert float(rows[-1]["WT_dice"]) == record["scores"]["WT_dice"] and set(rows[-1]) == set(record["scores"])
+        assert float(rows[-1]["WT_dice"]) == record["scores"]["WT_dice"] and set(rows[-1]) == {
+            *record["scores"],
+            "selection",
+        }
         wt = [float(row["WT_dice"]) for row in rows if row["model"] == "MedNeXt"]
         summary = next(row for row in _table(report / "table2.csv") if row["model"] == "MedNeXt")
         assert float(summary["WT_mean"]) == pytest.approx(np.mean(wt)) and summary["dataset"] == "utsw layout"

@@ -7,8 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from custom.report import difference_rows, forest_plot
-from custom.report.differences import BETTER, OPEN, WORSE, difference_table
+from custom.report.charts import BETTER, OPEN, WORSE, forest_plot
+from custom.report.tables import difference_rows, difference_table
+
+
+@pytest.fixture(scope="module")
+def three_models(three_models):
+    """Selected without the scored subjects, so that intervals may be given."""
+    return [row | {"selection": "last"} for row in three_models]
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +51,18 @@ class TestRows:
 
 
 class TestTable:
-    def test_bold_where_zero_is_left_out(self, differences):
-        html = difference_table(differences)
+    def test_bold_where_zero_is_left_out(self, render, differences):
+        html = render(difference_table(differences))
         assert html.count("<tr>") == 1 + 3 * 4
         assert "<strong>-0.020 [-0.020, -0.020] (5)</strong>" in html
         assert "<strong>+0.000 [" not in html and "+0.000 [+0.000, +0.000] (5)" in html
 
-    def test_rounding_is_no_difference(self, differences):
-        html = difference_table([differences[0] | {"difference": 1e-17, "low": 1e-17, "high": 1e-17}])
+    def test_rounding_is_no_difference(self, render, differences):
+        html = render(difference_table([differences[0] | {"difference": 1e-17, "low": 1e-17, "high": 1e-17}]))
         assert "<strong>" not in html
 
     def test_nothing_to_compare(self):
-        assert difference_table([]) == ""
+        assert not difference_table([]).rows
 
 
 class TestForestPlot:
@@ -82,9 +88,9 @@ class TestForestPlot:
         points = [line for line in forest_plot(plots).axes[0].lines if line.get_marker() == "o"]
         assert [point.get_color() for point in points] == [BETTER, WORSE, OPEN]
 
-    def test_nothing_to_pair(self, differences):
+    def test_nothing_to_pair(self, render, differences):
         nothing = {"pairs": 0, "difference": math.nan, "low": math.nan, "high": math.nan, "p": math.nan}
         figure = forest_plot([row | nothing for row in differences])
         figure.draw_without_rendering()
         assert "no subject with both" in [text.get_text() for text in figure.axes[0].texts]
-        assert "–" in difference_table([row | nothing for row in differences])
+        assert "–" in render(difference_table([row | nothing for row in differences]))

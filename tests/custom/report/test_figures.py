@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from custom.report import REGION_COLOURS, qc_figure, tumour_slices
+from custom.report.pictures import REGION_COLOURS, qc_figure, tumour_slices
 
 SPACING = (1.0, 1.5, 3.0)
 
@@ -117,6 +117,17 @@ class TestQcFigure:
         figure.draw_without_rendering()
         assert {"a_$b$", "two"} <= set(_texts(figure))
         assert "trained on $n$ phantoms · research use, not a medical device" in _texts(figure)
+
+    def test_warning_is_written_at_the_bottom_and_fits(self, brain):
+        images, label_map = brain
+        label_map[label_map == 3] = 1
+        erased = "ET had only components smaller than min_volume_mm3 and is empty"
+        figure = qc_figure(images, label_map, SPACING, "name", warning=erased, weights_note="a note")
+        assert erased in _texts(figure)
+        figure = qc_figure(images, np.zeros_like(label_map), SPACING, "name", warning=f"{erased} $x$ " + 90 * "w")
+        figure.draw_without_rendering()
+        (text,) = (one for one in figure.texts if one.get_text().startswith("No tumour in the mask. ET had only"))
+        assert text.get_text().endswith("w…") and text.get_window_extent().x1 < 1200
 
     def test_another_palette(self, brain):
         images, label_map = brain

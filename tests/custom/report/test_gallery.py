@@ -6,9 +6,7 @@ import json
 
 import pytest
 
-from custom.report.gallery import gallery
-from custom.report.page import write_page
-from custom.report.records import read_run
+from custom.report import write_crossval_report
 
 
 @pytest.fixture
@@ -22,16 +20,18 @@ def run(tmp_path, three_models, pictures):
         (folder / "record.json").write_text(json.dumps({"scores": score | missed}))
         if key == "comnet" and name != "b":
             (folder / f"{name}_qc.png").write_bytes(pictures["a"].read_bytes())
-    return read_run(tmp_path / "RUN")
+    return tmp_path / "RUN"
 
 
 @pytest.fixture
-def shown(run, tmp_path, read_page):
-    """Page of the gallery of so many pictures."""
+def shown(run, read_page):
+    """The gallery of the run's page with so many pictures."""
 
     def show(num_pictures):
-        write_page(tmp_path / "page.html", "title", *gallery(run, num_pictures))
-        return read_page(tmp_path / "page.html")
+        html = write_crossval_report(run, num_pictures=num_pictures).read_text(encoding="utf-8")
+        start = html.index("<h2>Worst cases first")
+        (run / "gallery.html").write_text(html[start : html.index("</section>", start)], encoding="utf-8")
+        return read_page(run / "gallery.html")
 
     return show
 

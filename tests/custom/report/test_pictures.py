@@ -6,7 +6,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from custom.report import qc_figure, write_qc_picture
+from custom.report import write_qc_picture
+from custom.report.pictures import qc_figure
 
 SPACING = (1.0, 1.5, 3.0)
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from custom.report.records import read_run
+from custom.report import read_run
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex, to_rgb
 
-from custom.report import REGION_COLOURS, truth_figure, write_truth_picture
+from custom.report.pictures import REGION_COLOURS, truth_figure, write_truth_picture
 
 SPACING = (1.0, 1.5, 3.0)
 

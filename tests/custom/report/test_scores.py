@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 
 from custom.metrics import score_subject
-from custom.report import dice_bars, dice_of, fold_strip, summarise_scores, write_scores_report
+from custom.report import write_scores_report
+from custom.report.charts import dice_bars, fold_strip
+from custom.report.tables import dice_of, summarise_scores
 
 
 class TestScores:
     def test_mean_and_deviation_across_folds(self, scores):
         summary = summarise_scores(scores)
-        assert summary["plain"]["ET"] == pytest.approx((0.7, np.std([0.6, 0.8], ddof=1)))
-        assert summary["plain"]["WT"] == pytest.approx((0.875, np.std([0.85, 0.9], ddof=1)))
+        assert tuple(summary.loc["plain", "ET"]) == pytest.approx((0.7, np.std([0.6, 0.8], ddof=1)))
+        assert tuple(summary.loc["plain", "WT"]) == pytest.approx((0.875, np.std([0.85, 0.9], ddof=1)))
         averages = [np.mean([0.6, 0.6, 0.85]), np.mean([0.8, 0.5, 0.9])]
-        assert summary["plain"]["Average"] == pytest.approx((np.mean(averages), np.std(averages, ddof=1)))
+        assert tuple(summary.loc["plain", "Average"]) == pytest.approx((np.mean(averages), np.std(averages, ddof=1)))
 
     def test_conventions_for_empty_regions(self, scores):
         assert math.isnan(dice_of(scores[1], "ET"))
         assert math.isnan(dice_of(scores[1], "ET", "brats")), "nobody said what was predicted"
         assert dice_of(scores[1] | {"ET_dice_brats": 0.0}, "ET", "brats") == 0, "a false positive"
         known = [score | ({"ET_dice_brats": 1.0} if math.isnan(score["ET"]) else {}) for score in scores]
-        assert summarise_scores(known, "brats")["plain"]["ET"][0] == pytest.approx((0.6 + 1 + 0.8 + 1) / 4)
-        assert summarise_scores(known)["plain"]["ET"][0] == pytest.approx(0.7)
+        brats = summarise_scores(known, partial(dice_of, convention="brats"))
+        assert brats.loc["plain", ("ET", "mean")] == pytest.approx((0.6 + 1 + 0.8 + 1) / 4)
+        assert summarise_scores(known).loc["plain", ("ET", "mean")] == pytest.approx(0.7)
         with pytest.raises(ValueError, match="convention"):
             dice_of(scores[0], "ET", "other")
         with pytest.raises(KeyError, match="s00.*ET_dice"):
@@ -33,15 +37,15 @@ class TestScores:
 
     def test_one_fold_and_no_value(self):
         score = {"model": "m", "fold": 0, "subject": "s", "ET": math.nan, "TC": 0.5, "WT": 0.7}
-        summary = summarise_scores([score])["m"]
-        assert math.isnan(summary["ET"][0]) and math.isnan(summary["TC"][1])
-        assert summary["Average"][0] == pytest.approx(0.6)
+        summary = summarise_scores([score]).loc["m"]
+        assert math.isnan(summary["ET", "mean"]) and math.isnan(summary["TC", "std"])
+        assert summary["Average", "mean"] == pytest.approx(0.6)
 
     def test_bars_show_the_means(self, scores):
         axes = dice_bars(scores).axes[0]
         heights = sorted(round(bar.get_height(), 6) for bar in axes.patches)
         summary = summarise_scores(scores)
-        assert heights == sorted(round(mean, 6) for row in summary.values() for mean, _ in row.values())
+        assert heights == sorted(round(mean, 6) for mean in summary.xs("mean", axis=1, level=1).to_numpy().ravel())
         assert [label.get_text() for label in axes.get_xticklabels()] == ["ET", "TC", "WT", "Average"]
 
     def test_strip_shows_every_fold(self, scores):
@@ -89,6 +93,7 @@ class TestScores:
         texts = read_page(tmp_path / "s.html").texts
         start = texts.index("Worst cases first")
         assert texts[start:].index("c") < texts[start:].index("d") < texts[start:].index("a")
-        shown = texts[texts.index("Pictures") :]
+        assert texts.count("a") == 4 and texts.count("other") == 1, "three models and a picture"
+        shown = texts[len(texts) - texts[::-1].index("c") - 1 :]
         assert shown.index("c") < shown.index("a") < shown.index("other")
         assert shown[shown.index("c") + 1] == "TC missed: 0.2 of 4.0 ml found"

@@ -66,6 +66,23 @@ class TestSegmentReport:
         page = read_page(tmp_path / "report.html")
         assert sum(text.startswith("No picture: ") for text in page.texts) == 2 and "img" not in page.tags
 
+    def test_what_this_run_has_not_made_stands_apart(self, read_page, tmp_path, rows):
+        old = {"subject": "old", "et_ml": 9.0, "tc_ml": 9.0, "wt_ml": 9.0, "status": "earlier run", "weights": "others"}
+        write_segment_report(tmp_path / "report.html", [*rows, old])
+        page = read_page(tmp_path / "report.html")
+        assert page.texts[page.texts.index("segmented") - 1] == "2", "the earlier one does not count"
+        apart = page.texts[page.texts.index("Of earlier runs") :]
+        assert page.texts.count("old") == 1 and {"old", "9.00", "others"} <= set(apart)
+        assert page.texts.index("Subjects") < page.texts.index("Of earlier runs")
+        assert page.values("h3", "id") == ["subject-a", "subject-b"]
+
+    def test_a_region_that_was_erased_is_said_in_table_and_page(self, read_page, tmp_path, rows):
+        warning = "ET had only components smaller than min_volume_mm3 and is empty"
+        rows[0] |= {"warnings": [warning]}
+        write_segment_report(tmp_path / "report.html", rows)
+        texts = read_page(tmp_path / "report.html").texts
+        assert texts.count(warning) == 2 and texts[texts.index("with warnings") - 1] == "2"
+
     def test_nothing_at_all(self, read_page, tmp_path):
         write_segment_report(tmp_path / "report.html", [])
         page = read_page(tmp_path / "report.html")

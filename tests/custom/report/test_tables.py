@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from custom.report import table2_text
-from custom.report.tables import label, other_score_names, other_scores_table, table2, table2_records
+from custom.report.tables import is_known, label, other_score_names, other_scores_table, table2, table2_records
 
 
 def _cells(text):
@@ -39,12 +39,14 @@ class TestTable2:
     def test_unknown_false_positives_give_no_table(self):
         row = {"model": "m", "fold": 0, "subject": "s", "ET": math.nan, "TC": 0.5, "WT": 0.5}
         assert table2_text([row], "brats").startswith("No table under the BraTS convention")
+        assert is_known([row], "skip") and not is_known([row], "brats")
         assert [record["convention"] for record in table2_records([row])] == ["skip"]
 
-    def test_names_cannot_break_the_table(self, three_models):
+    def test_names_cannot_break_the_table(self, render, three_models):
         rows = [row | {"model": "a|b"} for row in three_models[:5]]
         assert table2_text(rows).splitlines()[2].startswith(r"| a\|b |")
-        assert "a<b" not in table2([row | {"model": "a<b"} for row in three_models[:5]], "skip")
+        html = render(table2([row | {"model": "a<b"} for row in three_models[:5]], "skip"))
+        assert "a<b" not in html and "a&lt;b" in html
 
     def test_records_of_the_csv(self, three_models):
         records = table2_records(three_models, "BraTS")
@@ -78,23 +80,23 @@ class TestOtherScores:
             "novel thing",
         ]
 
-    def test_means_counts_and_the_better_one(self, rows):
-        html = other_scores_table(rows)
+    def test_means_counts_and_the_better_one(self, render, rows):
+        html = render(other_scores_table(rows))
         assert "<strong>4.0 ± 0.0 (4)</strong>" in html, "a smaller distance is better; c has none"
         assert "<strong>0.700 ± 0.000 (5)</strong>" in html and "<strong>0.600" not in html
         assert "<strong>1.000" not in html and "<strong>2.000" not in html, "nobody knows which is better"
 
-    def test_signed_errors_cancel_and_are_not_ranked(self, rows):
-        html = other_scores_table(rows)
+    def test_signed_errors_cancel_and_are_not_ranked(self, render, rows):
+        html = render(other_scores_table(rows))
         assert "0.4 ± 2.2 (5)" in html and "<strong>0.4" not in html and "<strong>0.5 ± 0.0 (5)</strong>" in html
 
-    def test_what_was_not_measured_is_said(self, rows):
-        html = other_scores_table(rows)
+    def test_what_was_not_measured_is_said(self, render, rows):
+        html = render(other_scores_table(rows))
         assert "Not measured: calibration error" in html and html.count("calibration error") == 1
 
-    def test_a_model_without_the_column(self, rows):
+    def test_a_model_without_the_column(self, render, rows):
         del rows[0]["ET_lesion_dice"]
-        assert "0.600 ± 0.000 (4)" in other_scores_table(rows)
+        assert "0.600 ± 0.000 (4)" in render(other_scores_table(rows))
 
-    def test_only_dice(self, three_models):
-        assert other_scores_table(three_models) == ""
+    def test_only_dice(self, render, three_models):
+        assert not other_scores_table(three_models).rows and render(other_scores_table(three_models)) == ""
