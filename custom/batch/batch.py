@@ -37,7 +37,8 @@ class Batch:
     `SubjectEvaluator` it keeps a record of each subject, draws its picture while the next one is computed, and `close`
     makes the tables: ``volumes.csv`` and ``report.html``, of labelled subjects also ``scores.csv``, ``summary.csv``
     and ``scores.html``. A subject is done again when its files, the weights or the settings have changed. The
-    tables are of this run; what earlier runs have left of other subjects is in ``volumes.csv`` alone, as "earlier run".
+    tables are of this run; what earlier runs have left of other subjects is in ``volumes.csv``, as "earlier run", and
+    in a table of its own in ``report.html``.
 
     Args:
         output_dir: folder of all outputs; made if absent. See `Records`.
@@ -178,11 +179,12 @@ class Batch:
         record = self._record(name, "done", [*warnings, *erased, *empty])
         record |= {"key": self._key(name), "files": stamps(self.items[name]), "volumes_ml": volumes}
         if output.get("label") is not None:
-            from ..metrics import calibration_columns, score_subject
+            from ..metrics import PAPER, calibration_columns, score_subject
 
             scores = score_subject(label_map_to_regions(label_map.cpu(), palette), output["label"].cpu(), spacing)
             scores |= calibration_columns(output)
-            record["scores"] = {"model": self.model, "fold": self.fold, "subject": name, **scores}
+            names = {"model": self.model, "fold": self.fold, "subject": name}
+            record["scores"] = names | {"selection": self.weights.facts.get("selection", PAPER)} | scores
         return record
 
     def _fail(self, name: str, reason: str) -> None:
@@ -228,6 +230,7 @@ class Batch:
             palette=self.settings["output_palette"],
             reference_path=item.get("label"),
             reference_palette=item.get("palette", "brats2021"),
+            warning="; ".join(warnings),
         )
 
     def close(self) -> None:
@@ -270,7 +273,7 @@ class Batch:
             from ..report import write_segment_report
 
             settings = self.settings | {"weights": str(self.weights.path), "weights_note": self.weights.note}
-            write_segment_report(self.output_dir / "report.html", rows, failures, pictures, settings)
+            write_segment_report(self.output_dir / "report.html", rows + others, failures, pictures, settings)
         if scores := [record["scores"] for record in records if "scores" in record]:
             from ..metrics import summarise
 

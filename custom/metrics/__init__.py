@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from .calibration import CalibrationErrord, calibration_columns, calibration_scores
 from .lesions import LESION_SCORES, lesion_scores
-from .paired import paired_differences
+from .paired import PAPER, may_infer, paired_differences
 from .scores import EMPTY_HD95_MM, SCORES, MeanRegionDice, RegionDice, score_subject, summarise
 
 __all__ = [
     "EMPTY_HD95_MM",
     "LESION_SCORES",
+    "PAPER",
     "SCORES",
     "CalibrationErrord",
     "MeanRegionDice",
@@ -30,6 +31,7 @@ __all__ = [
     "calibration_columns",
     "calibration_scores",
     "lesion_scores",
+    "may_infer",
     "paired_differences",
     "score_subject",
     "summarise",

@@ -58,7 +58,7 @@ class CalibrationErrord(MapTransform):
     """Measure the calibration of a subject's probabilities, see :func:`calibration_scores`, over its brain only.
 
     For a chain of postprocessing, after :class:`custom.transforms.MaskToBraind` and before the threshold. Voxels
-    outside the brain are left out. The numbers are plain floats, which ``custom.batch.Ledger`` puts among the scores.
+    outside the brain are left out. The numbers are plain floats, which ``custom.batch.Batch`` puts among the scores.
 
     `{"_target_": "custom.metrics.CalibrationErrord", "keys": "pred"}`
 
@@ -100,7 +100,7 @@ class CalibrationErrord(MapTransform):
         return subject
 
 
-def calibration_columns(subject: Mapping[Hashable, Any]) -> dict[str, float]:
+def calibration_columns(subject: Mapping[Any, Any]) -> dict[str, float]:
     """Columns of a row of scores for what :class:`CalibrationErrord` has left in a subject under its default keys.
 
     Returns:

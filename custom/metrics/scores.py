@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from monai.config import NdarrayOrTensor
 from monai.handlers import IgniteMetricHandler
@@ -59,7 +60,7 @@ SCORES = ("dice", "dice_brats", "hd95", "hd95_brats", "nsd", "nsd_brats")
 def score_subject(
     prediction: NdarrayOrTensor,
     reference: NdarrayOrTensor,
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    spacing: Sequence[float] | np.ndarray = (1.0, 1.0, 1.0),
     tolerance_mm: float = 1.0,
 ) -> dict[str, float]:
     """Score one subject's regions.
@@ -106,7 +107,8 @@ def _around_both(*masks: torch.Tensor, margin: int = 2) -> list[torch.Tensor]:
     if not len(where):
         return list(masks)
     low, high = (where.amin(0) - margin).clamp_min(0).tolist(), (where.amax(0) + 1 + margin).tolist()
-    return [mask[(slice(None), *map(slice, low, high))] for mask in masks]
+    box = (slice(None), *map(slice, low, high))
+    return [mask[box] for mask in masks]
 
 
 def _binary(mask: NdarrayOrTensor, name: str) -> torch.Tensor:

@@ -6,7 +6,7 @@ jinja2, matplotlib and pandas are imported where a page, a picture or a table is
 from __future__ import annotations
 
 from .pictures import region_masks, region_volumes, write_qc_picture
-from .reports import write_crossval_report, write_scores_report, write_segment_report, write_volumes_csv
+from .reports import write_crossval_report, write_scores_report, write_segment_report
 from .runs import MODELS, read_run, read_scores
 from .tables import table2_text
 
@@ -21,5 +21,4 @@ __all__ = [
     "write_qc_picture",
     "write_scores_report",
     "write_segment_report",
-    "write_volumes_csv",
 ]

@@ -30,7 +30,7 @@ QC_ROWS = {"T1c": "t1c", "T2-FLAIR": "flair"}
 LINE_WIDTHS = {"ET": 1.0, "TC": 2.3, "WT": 2.3}
 REFERENCE_WIDTH, TRUTH_WIDTH = 1.2, 1.3
 FILL_OPACITY = 0.38
-MAX_WARNING = 100
+MAX_WARNING = 95
 """Characters of a warning that fit beside the note at the bottom."""
 
 
@@ -158,8 +158,7 @@ def qc_figure(
         handles += [Line2D([], [], color=INK, label="predicted")]
         handles += [Line2D([], [], color=INK, label="reference", linestyle="dashed")]
     _legend(figure, handles, fontsize=13 if reference is None else 11, columnspacing=1.5, handlelength=1.8)
-    empty = "" if tumours[0].any() else "No tumour in the mask"
-    _captions(figure, title, subtitle, weights_note, ". ".join(one for one in (empty, warning) if one))
+    _captions(figure, title, subtitle, weights_note, warning or ("" if tumours[0].any() else "No tumour in the mask"))
     return figure
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
-from numbers import Real
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cohort import REGIONS, load_datalist
+from ..cohort import REGIONS, Exclusion, load_datalist
 from ..cohort.datalist import dataset_of
 from ..files import whole_file, write_table
 from .charts import dice_bars, fold_strip, forest_plot, has_several_folds
@@ -49,22 +48,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PathLike = str | os.PathLike[str]
-VOLUME_COLUMNS = ("subject", "et_ml", "tc_ml", "wt_ml", "status", "seconds", "warnings", "weights")
 DONE, EARLIER = "done", "earlier run"
 NO_ROWS = Table((), (), "")
 BENCHMARK_SUBJECTS = 50
 """A run of fewer subjects tries the software; it is no benchmark."""
-
-
-def write_volumes_csv(path: PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes one line per subject with the columns of `VOLUME_COLUMNS`; numbers have three decimals.
-
-    Args:
-        path: CSV file to write, whole or not at all.
-        rows: dicts with those keys; what is absent or None (the volumes of a failed subject) stays empty. `warnings`
-            is a text or a list of texts.
-    """
-    write_table(path, VOLUME_COLUMNS, [{key: _csv_cell(row.get(key)) for key in VOLUME_COLUMNS} for row in rows])
 
 
 def write_segment_report(
@@ -79,8 +66,10 @@ def write_segment_report(
 
     Args:
         path: HTML file to write, whole or not at all.
-        rows: one dict per subject as for `write_volumes_csv`; `status` is "done" for a subject that was segmented, and
-            "earlier run" for what this run has found in its folder: that stands in a table of its own.
+        rows: one dict per subject as in `volumes.csv`: subject, et_ml, tc_ml, wt_ml, status, seconds, warnings (a text
+            or a list of texts) and weights; what is absent, None or empty is shown as a dash. `status` is "done" for a
+            subject that was segmented, and "earlier run" for what this run has found in its folder: that stands in a
+            table of its own.
         exclusions: subjects that were left out or failed: `Exclusion`s, or dicts with subject, file, reason and remedy.
         pictures: path of the QC picture by subject; pictures are embedded as JPEG.
         settings: shown as a table; "weights_note" goes to the top of the page.
@@ -89,7 +78,7 @@ def write_segment_report(
     settings, pictures = dict(settings or {}), pictures or {}
     own, earlier = ([row for row in rows if (row.get("status") == EARLIER) == old] for old in (False, True))
     done = [row for row in own if row.get("status") == DONE]
-    failures: list[Mapping[str, Any]] = [asdict(one) if is_dataclass(one) else one for one in exclusions]  # type: ignore[call-overload]
+    failures: list[Mapping[str, Any]] = [asdict(one) if isinstance(one, Exclusion) else one for one in exclusions]
     named = {str(one["subject"]) for one in failures}
     unnamed = [row for row in own if row.get("status") != DONE and str(row["subject"]) not in named]
     failures += [{"subject": row["subject"], "reason": "; ".join(_warnings(row))} for row in unnamed]
@@ -299,19 +288,13 @@ def _subject(row: Mapping[str, Any], path: PathLike | None) -> dict[str, Any]:
 def _volume_cells(row: Mapping[str, Any], linked: bool = False) -> list[Any]:
     name = str(row["subject"])
     numbers = [(row.get(f"{region.lower()}_ml"), 2) for region in REGIONS] + [(row.get("seconds"), 1)]
-    shown = ["–" if value is None else f"{float(value):.{decimals}f}" for value, decimals in numbers]
+    shown = ["–" if value in (None, "") else f"{float(value):.{decimals}f}" for value, decimals in numbers]
     return [Cell(name, subject=name if linked else ""), *shown, "; ".join(_warnings(row))]
 
 
 def _warnings(row: Mapping[str, Any]) -> list[str]:
     warnings = row.get("warnings") or []
     return [one for one in ([warnings] if isinstance(warnings, str) else map(str, warnings)) if one]
-
-
-def _csv_cell(value: Any) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    return f"{value:.3f}" if isinstance(value, Real) else "; ".join(map(str, value))
 
 
 def _dice_tables(scores: Scores, dataset: str) -> dict[str, Any]:

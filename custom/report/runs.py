@@ -14,7 +14,8 @@ import numpy as np
 
 from ..cohort import REGIONS
 from ..files import UserError
-from .tables import BRATS, PAPER, Scores, dice_of, models_of
+from ..metrics import PAPER
+from .tables import BRATS, Scores, dice_of, models_of
 
 MODELS = {"segresnet": "SegResNet", "mednext": "MedNeXt", "comnet": "CoMNeT"}
 FOUND_SHARE = 0.5

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..cohort import REGIONS
-from ..metrics import paired_differences
+from ..metrics import PAPER, may_infer, paired_differences
 from .pages import Cell, Table
 
 if TYPE_CHECKING:
@@ -32,14 +32,11 @@ SHORT = {SKIP: "Empty regions skipped", BRATS: "BraTS convention"}
 NO_BRATS = (
     "No table under the BraTS convention: the scores do not tell a false positive from a region rightly left empty."
 )
-PAPER = "paper"
 SELECTIONS = {
     PAPER: "the epoch with the best score on the very fold that is scored, as the paper does",
     "inner": "the epoch with the best score on a part of the training subjects",
     "last": "the last epoch, without a choice",
 }
-UNTOUCHED = ("inner", "last")
-"""Rules that have not seen the scored subjects: only on their figures does an interval or a p value mean anything."""
 MEANS_ONLY = (
     "Means only: the epochs were chosen on the subjects that are scored here, so an interval or a p value would take "
     "the luck of that choice for a gain; train with selection “inner” or “last” to have both"
@@ -250,12 +247,12 @@ def difference_rows(scores: Scores, seed: int = 0, num_resamples: int = 9999) ->
     Returns:
         One row per comparison, convention for empty regions, and ET, TC, WT and Average (a subject's mean over its
         regions); `low` and `high` are the limits of the 95 % interval. They and `p` are NaN, and `method` None, where
-        the epochs of one of the two models were not selected by one of `UNTOUCHED`.
+        the scored subjects have had a say in the epochs of one of the two models (`metrics.may_infer`).
     """
     present, rows = set(models_of(scores)), []
     for pair in (pair for pair in COMPARISONS if present.issuperset(pair)):
         own = [score for score in scores if str(score["model"]) in pair]
-        confidence = 0.95 if set(selections(own)) <= set(UNTOUCHED) else None
+        confidence = 0.95 if may_infer(selections(own)) else None
         for convention in (one for one in CONVENTIONS if is_known(scores, one)):
             name = "dice_brats" if convention == BRATS else "dice"
             found = paired_differences(own, *pair, name, seed, confidence, num_resamples)
@@ -278,11 +275,7 @@ def difference_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         lines.setdefault((f"{row['model']} − {row['baseline']}", row["region"]), []).extend(cells)
     heads = [head for one in conventions for head in ((SHORT[one], "p") if inferred else (SHORT[one],))]
     what = "Mean of a subject's Dice less that of the baseline, and the number of subjects"
-    touched = {
-        f"{row['model']} − {row['baseline']}"
-        for row in rows
-        if not set(row["selection"].split(" and ")) <= set(UNTOUCHED)
-    }
+    touched = {f"{row['model']} − {row['baseline']}" for row in rows if not may_infer(row["selection"].split(" and "))}
     limits = INTERVALS if not touched else f"{INTERVALS} where the epochs were not chosen on these subjects"
     parts = [f"{what}, {limits}" if inferred else what, *([_means_only(touched, rows)] if touched else [])]
     rules = " and ".join(f"“{rule}”" for rule in dict.fromkeys(row["selection"] for row in rows))
@@ -293,14 +286,14 @@ def difference_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def choices(tuning: Mapping[str, Any]) -> dict[str, Any]:
     """`{"tables", "reasons"}` from `tuning.json`, as `custom.tuning` writes it; empty where that is empty.
 
-    What the file lacks is shown as a dash. Without a "selection" of `UNTOUCHED` in the file no interval is shown: the
-    correctors' epochs were then chosen on the subjects that refinement is judged on.
+    What the file lacks is shown as a dash. No interval is shown where the subjects that refinement is
+    judged on have had a say in the correctors' epochs (`metrics.may_infer` of the file's "selection").
     """
     regions = {region: tuning["regions"][region] for region in REGIONS if region in tuning.get("regions", {})}
     if not regions:
         return {}
     rule = str(tuning.get("selection") or PAPER)
-    touched = rule not in UNTOUCHED
+    touched = not may_infer([rule])
     refined, tuned = [], []
     for region, one in regions.items():
         difference = _figure(one.get("difference"), "+.4f")

@@ -27,6 +27,7 @@ from ..cohort import REGIONS
 from ..comnet import CoMNeT
 from ..files import UserError, file_sha256, write_text
 from ..inference.inferers import describe
+from ..metrics import PAPER, may_infer
 from ..weights import Checkpoint, CheckpointError, Provenance, fold_checkpoint, save_atomically
 from .choice import DEFAULT_THRESHOLD, DEFAULT_VOLUME_MM3, Choice, Grid, choose
 
@@ -113,16 +114,16 @@ class EnsembleBuilder:
         """
         facts = self.provenance.state_dict()
         facts = gather_parts(self.network, facts, self.backbones_dir, self.correctors_dir, self.corrector_fold)
-        choices = self._choose() if self.tune else self._defaults()
+        choices = self._choose(facts["selection"]) if self.tune else self._defaults()
         for region, choice in choices.items():
             logger.info("%s: %s", region, choice.reason)
-        self._write_choices(choices)
+        self._write_choices(choices, facts["selection"])
         state = {name: value.cpu() for name, value in self.network.state_dict().items()}
         save_atomically({"model": state, "provenance": facts | _settings(choices)}, self.models_dir / "model.pt")
         logger.info("the ensemble is in %s", self.models_dir / "model.pt")
         self._tell_handlers(choices)
 
-    def _choose(self) -> dict[str, Choice]:
+    def _choose(self, selection: str) -> dict[str, Choice]:
         if self.correctors_dir is not None:
             for fold in range(len(self.network.backbones)):
                 check_own_backbone(self.correctors_dir, self.backbones_dir, fold)
@@ -135,7 +136,8 @@ class EnsembleBuilder:
             self.correctors_dir,
             self.amp,
         )
-        return choose(scores.measure(), scores.folds, self.grid, self.correctors_dir is not None)
+        confidence = 0.95 if may_infer([selection]) else None
+        return choose(scores.measure(), scores.folds, self.grid, self.correctors_dir is not None, confidence)
 
     def _defaults(self) -> dict[str, Choice]:
         choice = Choice(refine=self.correctors_dir is not None, reason="Nothing was measured: tuning was switched off.")
@@ -156,11 +158,12 @@ class EnsembleBuilder:
             handler.attach(engine)
         engine.run([None], max_epochs=1)
 
-    def _write_choices(self, choices: Mapping[str, Choice]) -> None:
+    def _write_choices(self, choices: Mapping[str, Choice], selection: str) -> None:
         content = {
             "num_subjects": len(self.dataset.data) if self.tune else 0,
             "regions": {region: choice.as_json() for region, choice in choices.items()},
             "convention": "brats",
+            "selection": selection,
         }
         write_text(self.models_dir / "tuning.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -195,7 +198,8 @@ def gather_parts(
 
     Returns:
         ``facts`` with ``num_folds``, ``trained_on`` (subjects that any part has seen), the parts' own ``notes`` where
-        there are none, ``corrector_fold``, and the SHA-256 of each part as ``backbones_sha256``, ``corrector_sha256``.
+        there are none, ``selection``, by which all parts' epochs were chosen ("paper" where they differ),
+        ``corrector_fold``, and the SHA-256 of each part as ``backbones_sha256``, ``corrector_sha256``.
 
     Raises:
         CheckpointError: a part is missing, unreadable, or was trained with other settings or another backbone.
@@ -209,9 +213,11 @@ def gather_parts(
     parts = [*backbones, *([corrector] if corrector else [])]
     for part in parts:
         _check_settings(part, facts)
+    rules = {str(part.facts.get("selection", PAPER)) for part in parts}
     return {
         **facts,
         "num_folds": len(backbones),
+        "selection": rules.pop() if len(rules) == 1 else PAPER,
         "trained_on": sorted({str(name) for part in parts for name in part.facts.get("trained_on", ())}),
         "notes": facts.get("notes")
         or "; ".join(sorted({part.facts["notes"] for part in parts if part.facts.get("notes")})),

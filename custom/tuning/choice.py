@@ -146,7 +146,7 @@ class Choice:
         dice_coarse: without the corrector, at the default threshold and size.
         dice_refined: with it.
         difference: the second less the first.
-        interval: 95 % bootstrap interval of the difference over subjects.
+        interval: 95 % bootstrap interval of the difference over subjects; none where a choice has touched it.
         dice_default: of the maps that ``refine`` chose, at the default threshold and size.
         dice_tuned: of the same maps at settings that were chosen on the other folds.
         adopted: whether ``threshold`` and ``min_volume_mm3`` are tuned ones.
@@ -173,7 +173,9 @@ class Choice:
         }
 
 
-def choose(dice: np.ndarray, folds: Sequence[int], grid: Grid, corrected: bool = True) -> dict[str, Choice]:
+def choose(
+    dice: np.ndarray, folds: Sequence[int], grid: Grid, corrected: bool = True, confidence: float | None = 0.95
+) -> dict[str, Choice]:
     """Choose for every region.
 
     Refinement is kept where it raises mean Dice at the default settings (do no harm). Threshold and size are those of
@@ -186,8 +188,10 @@ def choose(dice: np.ndarray, folds: Sequence[int], grid: Grid, corrected: bool =
         folds: fold of each subject.
         grid: the settings that were tried.
         corrected: whether there is a corrector at all.
+        confidence: of the interval of the difference; None for none, where the correctors' epochs were chosen on these
+            very subjects.
     """
-    differences = _differences(dice[(..., *grid.default)])
+    differences = _differences(dice[(..., *grid.default)], confidence)
     choices = {}
     for index, region in enumerate(REGIONS):
         difference = float(differences[region]["difference"])
@@ -252,14 +256,14 @@ def _choose_region(
     )
 
 
-def _differences(dice: np.ndarray) -> dict[str, dict[str, Any]]:
+def _differences(dice: np.ndarray, confidence: float | None) -> dict[str, dict[str, Any]]:
     """Refined less coarse, paired by subject, from ``[subjects, 3, 2]`` at the default settings."""
     rows = []
     for kind, name in enumerate((COARSE, REFINED)):
         for subject, scores in enumerate(dice[..., kind]):
             row = {f"{region}_dice_brats": float(score) for region, score in zip(REGIONS, scores, strict=True)}
             rows.append({"model": name, "subject": str(subject), "mean_dice_brats": float(scores.mean()), **row})
-    return paired_differences(rows, REFINED, COARSE, "dice_brats")
+    return paired_differences(rows, REFINED, COARSE, "dice_brats", confidence=confidence)
 
 
 def _limits(paired: Mapping[str, Any]) -> tuple[float | None, float | None]:

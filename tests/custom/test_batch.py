@@ -257,6 +257,28 @@ def test_a_region_that_was_erased_is_told(make, items):
     assert all(one in table(book)["a"]["warnings"] for one in told)
 
 
+def test_warnings_are_written_into_the_picture(make, items, monkeypatch):
+    drawn = Mock()
+    monkeypatch.setattr("custom.report.write_qc_picture", drawn)
+    book = make()
+    book.pictures = True
+    book.begin(items[:1])
+    finish(book, "a", erased=["ET"], warnings=["no skull"])
+    assert drawn.call_args.kwargs["warning"] == (
+        "no skull; ET had only components smaller than min_volume_mm3 and is empty"
+    )
+
+
+@pytest.mark.parametrize("facts", [{}, {"selection": "last"}])
+def test_scores_say_how_the_weights_were_selected(make, items, facts):
+    save_atomically({"model": {"w": torch.ones(1)}, "provenance": facts}, make().weights.path)
+    book = make()
+    book.begin(items[:1])
+    finish(book, "a", label=torch.zeros(3, 4, 4, 4))
+    book.close()
+    assert table(book, "scores.csv")["a"]["selection"] == facts.get("selection", "paper")
+
+
 def test_a_mask_that_is_not_ours_is_neither_replaced_nor_deleted(make, items):
     theirs = make().output_dir / "a" / "a_seg.nii.gz"
     save_mask(theirs, made_by="an expert")

@@ -134,6 +134,9 @@ def test_refinement_is_judged_at_the_default_settings_with_an_interval():
     assert 0.02 < low < 0.045 < high < 0.07
     assert "raises mean Dice by 0.0450" in found["ET"].reason and "chance" not in found["ET"].reason
     assert "does not change" in found["WT"].reason
+    touched = choose(scores, list(range(8)), ONE_VOLUME, confidence=None)["ET"]
+    assert touched.refine and touched.difference == found["ET"].difference and touched.interval == (None, None)
+    assert "raises mean Dice by 0.0450 and is kept" in touched.reason and "interval" not in touched.reason
     scores[0, 0, 1, 1, 0] = 0.25
     assert "so it may be chance) and is kept" in choose(scores, list(range(8)), ONE_VOLUME)["ET"].reason
 

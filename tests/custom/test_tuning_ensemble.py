@@ -84,7 +84,7 @@ def run_dir(tmp_path):
         whole = network(1)
         nn.init.constant_(whole.corrector.alpha, 3.0)
         whole.corrector.alpha.data[2] = 0.0
-        facts = {"backbone": "conv", "spacing": [1.0, 1.0, 1.0], "notes": "toy"}
+        facts = {"backbone": "conv", "spacing": [1.0, 1.0, 1.0], "notes": "toy", "selection": "last"}
         facts["trained_on"] = [name for number, name in enumerate(NAMES) if number % FOLDS != fold]
         write(tmp_path / "mednext", fold, whole.backbones[0], facts)
         write(tmp_path / "comnet", fold, whole, facts | {"corrector": "shift"})
@@ -113,7 +113,7 @@ def test_what_helps_is_kept_and_what_harms_is_left_out(run_dir):
     builder(run_dir).run()
     tuning = json.loads((run_dir / "ensemble" / "tuning.json").read_text())
     et, tc, wt = (tuning["regions"][region] for region in ("ET", "TC", "WT"))
-    assert (tuning["num_subjects"], tuning["convention"]) == (6, "brats")
+    assert (tuning["num_subjects"], tuning["convention"], tuning["selection"]) == (6, "brats", "last")
     assert et["refine"] and (et["dice_coarse"], et["dice_refined"], et["difference"]) == (0, 1, 1)
     halo = 2 * 6**3 / (6**3 + 8**3)
     assert not tc["refine"] and tc["dice_refined"] == pytest.approx(halo, abs=1e-6) and tc["dice_coarse"] == 1
@@ -121,6 +121,20 @@ def test_what_helps_is_kept_and_what_harms_is_left_out(run_dir):
     assert not et["adopted"] and not tc["adopted"] and et["threshold"] == tc["threshold"] == 0.5
     assert wt["adopted"] and (wt["threshold"], wt["min_volume_mm3"]) == (0.4, 50.0)
     assert (wt["dice_default"], wt["dice_tuned"]) == (0, 1)
+
+
+@pytest.mark.parametrize("rule", ["paper", None])
+def test_no_interval_where_a_part_was_selected_on_these_subjects(run_dir, rule):
+    state, facts = read_checkpoint(fold_checkpoint(run_dir / "comnet", 0))
+    facts = {key: value for key, value in facts.items() if key != "selection"} | ({"selection": rule} if rule else {})
+    save_atomically({"model": state, "provenance": facts}, fold_checkpoint(run_dir / "comnet", 0))
+    builder(run_dir).run()
+    tuning = json.loads((run_dir / "ensemble" / "tuning.json").read_text())
+    assert tuning["selection"] == read_checkpoint(run_dir / "ensemble" / "model.pt")[1]["selection"] == "paper"
+    assert tuning["regions"]["ET"]["difference"] == 1
+    assert all(
+        one["interval"] == [None, None] and "interval" not in one["reason"] for one in tuning["regions"].values()
+    )
 
 
 def test_one_file_holds_all_parts_and_says_what_it_is(run_dir):
