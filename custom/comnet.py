@@ -22,7 +22,7 @@ class Segmentation(NamedTuple):
     Attributes:
         logits: ``[B, 3, *spatial]`` of ET, TC, WT.
         spread: standard deviation of the probabilities over folds and over the corrector's samples, in quadrature,
-            of the same shape; 0 with one fold and one sample.
+            of the same shape; of n values the one that divides by n - 1, and 0 for one fold and one sample.
     """
 
     logits: Tensor
@@ -100,7 +100,8 @@ class CoMNeT(nn.Module):
             self.release_memory()
         if len(self.backbones) > 1:
             logits = torch.logit(mean, eps=self.margin)
-        spread = ((squares + variance) / len(self.backbones)).sqrt()
+        folds = len(self.backbones)
+        spread = (squares / max(folds - 1, 1) + variance / folds).sqrt()
         if self.refine_each_fold:
             return Segmentation(logits, spread)
         refined = self.refine(image, logits)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import ignite.distributed as idist
 import torch
 from monai.networks.schedulers import DDPMScheduler
 from torch import Tensor, nn
@@ -135,11 +136,12 @@ class LatentScale(nn.Module):
         self.register_buffer("measured", torch.tensor(False))
 
     def update(self, latent: Tensor) -> None:
-        """Take `latent` `[B, C, *latent]` into account; the first one counts in full."""
+        """Take `latent` `[B, C, *latent]` of each process into account; the first one counts in full."""
         momentum = self.momentum if bool(self.measured) else 1.0
         latent = latent.detach().float()
-        self.mean.lerp_(latent.mean((0, 2, 3, 4), keepdim=True), momentum)
-        self.square.lerp_(latent.square().mean((0, 2, 3, 4), keepdim=True), momentum)
+        for running, value in ((self.mean, latent), (self.square, latent.square())):
+            mean = idist.all_reduce(value.mean((0, 2, 3, 4), keepdim=True)) / idist.get_world_size()
+            running.lerp_(mean, momentum)
         self.measured.fill_(True)
 
     def deviation(self) -> Tensor:

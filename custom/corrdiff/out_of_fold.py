@@ -93,6 +93,7 @@ class CoarsePredictions:
             ValueError: a subject cannot be read; names it.
         """
         missing = [item for item in (self.items if items is None else items) if not self.path(item).is_file()]
+        idist.barrier()  # nobody writes before all have seen the same list
         mine = sorted(missing, key=self.backbone_of)[idist.get_rank() :: idist.get_world_size()]
         if mine:
             self._predict_all(mine)

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import ignite.distributed as idist
 import torch
 import torch.nn.functional as F
 from monai.networks.blocks.segresnet_block import ResBlock
@@ -40,7 +41,8 @@ class Codebook(nn.Module):
     Running means rather than a gradient: codes then follow the encoder whatever the learning rate, no weight decay or
     optimiser state touches them, and freezing them is not updating them. Codes start from the first batch, and those
     that fall out of use restart from a later one. Both draw vectors in proportion to their squared distance from the
-    codes (k-means++), since most of a residual is alike: a uniform draw would give copies of "no error".
+    codes (k-means++), since most of a residual is alike: a uniform draw would give copies of "no error". Of several
+    processes, each counts with its vectors; those that codes start from are the first one's.
 
     Args:
         num_codes: size of the codebook.
@@ -105,6 +107,7 @@ class Codebook(nn.Module):
             self.codes[code] = vectors[draw(error, 1)[0]]
             distance = (vectors - self.codes[code]).square().sum(1)
             error = distance if code == 0 else torch.minimum(error, distance)
+        self.codes.copy_(idist.broadcast(self.codes))
         count, total = self.gather(vectors, self.nearest(vectors))
         self.sizes.copy_(count)
         self.sums.copy_(total)
@@ -117,7 +120,7 @@ class Codebook(nn.Module):
         self.sizes.lerp_(count, 1 - self.decay)
         self.sums.lerp_(total, 1 - self.decay)
         dead = self.sizes < self.restart_below
-        restarted = vectors[draw(error, int(dead.sum()))]
+        restarted = idist.broadcast(vectors[draw(error, int(dead.sum()))]) if dead.any() else vectors[:0]
         self.sizes[dead] = 1.0
         self.sums[dead] = restarted
         sizes = (self.sizes + self.eps) / (1 + len(self.sizes) * self.eps / self.sizes.sum())
@@ -125,9 +128,9 @@ class Codebook(nn.Module):
         self.codes[dead] = restarted
 
     def gather(self, vectors: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Number (K,) and sum (K, C) of the `vectors` (V, C) of each code."""
+        """Number (K,) and sum (K, C) of the `vectors` (V, C) of each code, over all processes."""
         count = torch.bincount(index, minlength=len(self.codes)).to(vectors.dtype)
-        return count, torch.zeros_like(self.codes).index_add_(0, index, vectors)
+        return idist.all_reduce(count), idist.all_reduce(torch.zeros_like(self.codes).index_add_(0, index, vectors))
 
 
 class ResidualVQVAE(nn.Module):

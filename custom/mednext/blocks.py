@@ -9,7 +9,7 @@ convolution's weights, one set for each sample, and no normalised feature map is
 
 Feature maps (N, C, D, H, W) are in channels-last memory, so that a pointwise convolution is a matrix product over the
 rows of (N, V, C), V = D * H * W voxels, and a depthwise one is several times faster on a CPU. In training a block keeps
-x, the centred y and the hidden layer before GELU; statistics are fp32 under autocast too.
+x, the centred y and the hidden layer before GELU; statistics are fp32 under autocast too (fp64 in a network of fp64).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Block(nn.Module):
 
     def mix(self, y: Tensor, residual: Tensor) -> Tensor:
         """Normalise, expand, activate, respond, compress y (N, C, D, H, W), onto a residual (N, V, O) or (O,)."""
-        y = y.sub_(y.mean((2, 3, 4), keepdim=True, dtype=torch.float32))
+        y = y.sub_(y.mean((2, 3, 4), keepdim=True, dtype=statistics_type(y)))
         rows = to_rows(y)
         if not torch.jit.is_scripting() and torch.is_grad_enabled() and not self.checkpointing and not is_recorded():
             z = self.mix_for_training(rows, residual)
@@ -197,13 +197,18 @@ def to_volume(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def norm_over_voxels(rows: Tensor) -> Tensor:
-    """Euclidean norm (N, C) of rows (N, V, C) over V, in fp32; its gradient is zero at an all-zero channel."""
+    """Euclidean norm (N, C) of rows (N, V, C) over V; its gradient is zero at an all-zero channel."""
     if rows.is_cuda:
-        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+        return torch.linalg.vector_norm(rows, dim=1, dtype=statistics_type(rows))
     total = torch.zeros(1, device=rows.device)
     for piece in rows.split(4096, 1) if streams(rows) else [rows]:
-        total = total + (piece * piece).sum(1, dtype=torch.float32)
+        total = total + (piece * piece).sum(1, dtype=statistics_type(rows))
     return total.clamp_min(1e-30).sqrt()
+
+
+def statistics_type(x: Tensor) -> torch.dtype:
+    """In which precision sums over voxels are taken."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def streams(x: Tensor) -> bool:

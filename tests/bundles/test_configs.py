@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.config_item import ComponentLocator
 
@@ -132,6 +133,14 @@ def test_the_named_values_reach_optimiser_schedule_loss_and_trainer(built):
 def test_augmentation_is_the_papers_list_and_no_more():
     names = [step["name"] for step in parser(TRAIN)["train#random_transforms"] if "RandTorchIOd" in step["_target_"]]
     assert names == ["RandomFlip", "RandomAffine", "RandomGamma", "RandomNoise", "RandomBlur"]
+
+
+@pytest.mark.parametrize("path", COMPLETE, ids=name_of)
+@pytest.mark.parametrize("there", [False, True])
+def test_mixed_precision_follows_the_device_and_not_the_machine(path, there, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    for device, mixed in (("$torch.device('cpu')", False), ("cpu", False), ("cuda:1", True)):
+        assert parser(path, device=device).get_parsed_content("amp") is mixed
 
 
 def test_image_preprocessing_is_the_same_everywhere():

@@ -129,7 +129,7 @@ def test_the_finer_stage_starts_from_the_weights_of_the_coarser_one(phantoms, tm
 
 def test_inner_selection_neither_trains_nor_chooses_on_the_fold_that_is_scored(phantoms, tmp_path):
     train(tmp_path, phantoms, selection="inner", max_epochs=1)
-    state, facts = read_checkpoint(tmp_path / "fold0" / "model.pt")
+    facts = read_checkpoint(tmp_path / "fold0" / "model.pt")[1]
     items = json.loads((tmp_path / "fold0" / "datalist.json").read_text())["training"]
     assert facts["selection"] == "inner"
     assert set(facts["trained_on"]) == {item["subject"] for item in items if item["fold"] != 0}

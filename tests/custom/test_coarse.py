@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ignite.distributed as idist
 import numpy as np
 import pytest
 import torch
@@ -50,6 +51,15 @@ def load(data):
 def predictions(items, backbones, **options):
     defaults = {"settings": {"spacing": [2.0, 2.0, 2.0]}, "inferer": Counting(), "cache_dir": str(backbones / "coarse")}
     return CoarsePredictions(items, nn.Conv3d(4, 3, 1), str(backbones), load, **(defaults | options))
+
+
+def test_processes_share_one_list_even_where_one_of_them_is_late(items, backbones, monkeypatch):
+    """The second process lists what is missing; only then may the first write."""
+    written = []
+    monkeypatch.setattr(idist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(idist, "barrier", lambda: written.append(len(list((backbones / "coarse").glob("*.npy")))))
+    predictions(items, backbones).fill()
+    assert written == [0, 1]
 
 
 def expected(item, backbones, fold):

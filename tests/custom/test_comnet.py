@@ -78,7 +78,7 @@ def test_uncertainty_joins_the_spread_of_folds_and_samples(each):
     network = CoMNeT(backbone, 3, Shift(), refine_each_fold=each, uncertainty=True)
     image = torch.randn(1, 4, 4, 4, 4)
     logits = [fold(image) + (image[:, :3] if each else 0) for fold in network.backbones]
-    folds = torch.stack(logits).sigmoid().std(0, correction=0)
+    folds = torch.stack(logits).sigmoid().std(0, correction=1)  # as over samples, and over folds in tables
     torch.testing.assert_close(network(image)[:, 3:], (folds.square() + 0.01).sqrt())
     network.uncertainty = False
     assert network(image).shape[1] == 3

@@ -123,7 +123,7 @@ def test_same_seed_same_output_and_the_global_generator_is_left_alone():
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_subject_does_not_depend_on_its_batch(eta):
-    network = tiny(alpha=1.0).eval()
+    network = tiny(alpha=1.0, quantise_samples=False).eval()  # the nearest of two codes may be a matter of rounding
     network.diffusion.eta = eta
     image, coarse, _ = subject(batch=2)
     together = network(image, coarse)

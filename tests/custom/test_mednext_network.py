@@ -64,12 +64,12 @@ def test_gradients_finite_for_zero_input(seed: int | None):
 
 
 def test_checkpointing_changes_nothing_but_memory():
-    plain, saving = mednext_tiny().train(), mednext_tiny(checkpointing=True).train()
+    plain, saving = mednext_tiny().double().train(), mednext_tiny(checkpointing=True).double().train()
     randomise(plain)
     saving.load_state_dict(plain.state_dict())
     sizes = []
     for network in (plain, saving):
-        kept, outputs = kept_for_backward(network, images())
+        kept, outputs = kept_for_backward(network, images().double())
         sum(output.square().mean() for output in outputs).backward()
         sizes.append(sum(kept))
     assert sizes[1] < 0.5 * sizes[0]
@@ -113,20 +113,20 @@ def test_a_forward_without_a_backward_leaves_nothing_behind(around_gelu):
 
 
 def test_scripted_gives_the_same():
-    network = mednext_tiny().eval()
+    network = mednext_tiny().double().eval()
     randomise(network)
     scripted = torch.jit.script(network)
-    for x in (images(1), images(2, size=(16, 32, 48))):
+    for x in (images(1).double(), images(2, size=(16, 32, 48)).double()):
         with torch.no_grad():
-            assert_close(scripted(x), network(x), 1e-6)
-    assert isinstance(torch.jit.script(network.train())(images()), torch.Tensor)
+            assert_close(scripted(x), network(x))
+    assert isinstance(torch.jit.script(network.train())(images().double()), torch.Tensor)
 
 
 def test_exported_program_gives_the_same():
-    network = mednext_tiny().eval()
+    network, x = mednext_tiny().double().eval(), images(2)[:1].double()
     randomise(network)
-    program = torch.export.export(network, (images(),)).module()
-    assert_close(program(images(2)[:1]), network(images(2)[:1]))
+    program = torch.export.export(network, (images().double(),)).module()
+    assert_close(program(x), network(x))
 
 
 def test_onnx_with_dynamic_shapes(tmp_path):
@@ -183,9 +183,9 @@ def test_statistics_are_fp32_under_autocast():
 
 
 def test_samples_do_not_mix():
-    network = mednext_tiny().eval()
+    network = mednext_tiny().double().eval()
     randomise(network)
-    x = images(2)
+    x = images(2).double()
     x[1] *= 5
     with torch.no_grad():
         together = network(x)

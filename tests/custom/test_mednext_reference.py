@@ -74,14 +74,14 @@ class MicDkfz(nn.Module):
 def test_block_equals_monai(kind: str, kernel_size: int, grn: bool, n: int):
     ours, theirs, out_channels, stride = KINDS[kind]
     expected = theirs(6, out_channels, 3, kernel_size, use_residual_connection=True, global_resp_norm=grn)
-    randomise(expected)
-    actual = ours(6, out_channels, 3, kernel_size, stride=stride, grn=grn)
+    randomise(expected.double())
+    actual = ours(6, out_channels, 3, kernel_size, stride=stride, grn=grn).double()
     actual.load_state_dict(expected.state_dict())
-    x = images(n, 6, (8, 10, 6), offset=2.0).requires_grad_()
+    x = images(n, 6, (8, 10, 6), offset=2.0).double().requires_grad_()
     x_expected = x.detach().clone().requires_grad_()
     y, y_expected = actual(x), expected(x_expected)
     assert_close(y, y_expected)
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (y * weights).sum().backward()
     (y_expected * weights).sum().backward()
     assert_close(x.grad, x_expected.grad)
@@ -94,11 +94,11 @@ def test_block_equals_monai(kind: str, kernel_size: int, grn: bool, n: int):
 
 
 def test_inference_in_pieces_equals_monai():
-    expected = MedNeXtUpBlock(4, 4, 2, 3, True, global_resp_norm=True)
+    expected = MedNeXtUpBlock(4, 4, 2, 3, True, global_resp_norm=True).double()
     randomise(expected)
-    actual = UpBlock(4, 4, 2, stride=2)
+    actual = UpBlock(4, 4, 2, stride=2).double()
     actual.load_state_dict(expected.state_dict())
-    x = images(2, 4, (12, 10, 14))  # 23 * 19 * 27 = 11,799 voxels after doubling: three pieces
+    x = images(2, 4, (12, 10, 14)).double()  # 23 * 19 * 27 = 11,799 voxels after doubling: three pieces
     with torch.no_grad():
         assert_close(actual(x), expected(x))
 
@@ -118,13 +118,13 @@ def test_variance_survives_a_large_mean(kind: str):
 
 @pytest.mark.parametrize("grn", [False, True])
 def test_network_equals_mic_dkfz(grn: bool):
-    reference = MicDkfz(**TINY_SHAPE, grn=grn)
+    reference = MicDkfz(**TINY_SHAPE, grn=grn).double()
     randomise(reference)
-    network = MedNeXt(**TINY_SHAPE, grn=grn)
+    network = MedNeXt(**TINY_SHAPE, grn=grn).double()
     state = {f"module.{name}": tensor for name, tensor in reference.mic_state_dict().items()}
     assert any("grn_gamma" in name for name in state) == grn
     network.load_state_dict(from_mic_dkfz(state))
-    x = images(2)
+    x = images(2).double()
     for actual, expected in zip(network.train()(x), reference(x), strict=True):
         assert_close(actual, expected)
     with torch.no_grad():

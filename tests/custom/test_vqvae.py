@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from monai.networks.layers.vector_quantizer import EMAQuantizer, VectorQuantizer
 from numpy.testing import assert_allclose
 
+from custom.corrdiff import LatentScale
 from custom.corrdiff.vqvae import Codebook, ResidualVQVAE, crop_like, pad_to_multiple
 
 
@@ -198,3 +201,43 @@ def test_one_level_of_stride_4_reaches_the_grid_of_two_of_stride_2():
     assert network.factor == 4
     assert quantised.latent.shape == (1, 8, 3, 4, 2)
     assert reconstruction.shape == residual.shape
+
+
+SEVERAL = """
+import sys, torch, torch.distributed as dist
+from custom.corrdiff import LatentScale
+from custom.corrdiff import LatentScale
+from custom.corrdiff.vqvae import Codebook
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(rank)
+latents = torch.randn(3, 2, 4, 6, 6, 6, generator=torch.Generator().manual_seed(5))
+latents += torch.arange(2).view(1, 2, 1, 1, 1, 1)
+book, scale = Codebook(8, 4, restart_below=0.0), LatentScale(4)
+for latent in latents:
+    book(latent[rank : rank + 1], update=True)
+    scale.update(latent[rank : rank + 1])
+dead = Codebook(8, 4, restart_below=100.0)
+for latent in latents:
+    dead(latent[rank : rank + 1], update=True)
+torch.save([module.state_dict() for module in (book, scale, dead)], f"{sys.argv[1]}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_of_several_processes_each_counts_and_all_have_the_same_codes(tmp_path):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    (tmp_path / "learn.py").write_text(SEVERAL)
+    subprocess.run([*start, str(tmp_path / "learn.py"), str(tmp_path)], check=True, timeout=120)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for ours, theirs in zip(first, second, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    latents = torch.randn(3, 2, 4, 6, 6, 6, generator=torch.Generator().manual_seed(5))
+    latents += torch.arange(2).view(1, 2, 1, 1, 1, 1)
+    scale = LatentScale(4)
+    for latent in latents:
+        scale.update(latent)
+    assert_allclose(first[1]["mean"], scale.mean, atol=1e-6)
+    assert_allclose(first[1]["square"], scale.square, rtol=1e-5)
+    assert first[0]["sizes"].sum().item() == pytest.approx(2 * 6**3, rel=1e-5)
