@@ -14,6 +14,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from fire.parser import DefaultParseValue
+
 from .files import FileError, UserError, write_text
 
 FAULT_LOG = "comnet-error.log"
@@ -41,10 +43,10 @@ def run_bundle(name: str, *configs: str | Path, run_id: str = "run", **overrides
         name: bundle, e.g. ``"comnet_ensemble"``.
         configs: files as in `config_files`; each is laid over those before it.
         run_id: what to run.
-        overrides: config values by name; a `Path` is printed relative to the working folder.
+        overrides: config values by name; a `Path`, also in a list or dict, stays text whatever it looks like.
 
     Raises:
-        ValueError: an override that no config knows, which MONAI would take in silence.
+        UserError: an override that no config knows, which MONAI would take in silence.
     """
     import monai.bundle
 
@@ -55,8 +57,8 @@ def run_bundle(name: str, *configs: str | Path, run_id: str = "run", **overrides
     files = [str(file) for file in config_files(name, configs)]
     _refuse_unknown(overrides, files)
     print(bundle_command(name, *configs, run_id=run_id, **overrides), file=sys.stderr, flush=True)
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in overrides.items()}
-    root = str(bundle_root(name))
+    values = {key: config_value(value) for key, value in overrides.items()}
+    root = config_value(bundle_root(name))
     monai.bundle.run(run_id=run_id, config_file=files, workflow_type=None, **({"bundle_root": root} | values))
 
 
@@ -66,8 +68,26 @@ def bundle_command(name: str, *configs: str | Path, run_id: str = "run", **overr
     words = ["python", "-m", "monai.bundle", "run", *([] if run_id == "run" else [run_id])]
     words += ["--config_file", files[0] if len(files) == 1 else str(files)]
     for key, value in ({"bundle_root": bundle_root(name)} | overrides).items():
-        words += [f"--{key}", os.path.relpath(value) if isinstance(value, Path) else str(value)]
+        words += [f"--{key}", str(config_value(Path(os.path.relpath(value)) if isinstance(value, Path) else value))]
     return " ".join(map(_quoted, words))
+
+
+def config_value(value: Any) -> Any:
+    """Return what a config takes a value for, with every `Path` as text that neither MONAI nor Fire reads otherwise.
+
+    MONAI's configs give a meaning to ``#``, ``@``, ``%`` and ``$`` in a text. Fire, which reads MONAI's command line too,
+    takes ``2023_01`` for a number and ``a,b`` for a tuple. Such a text becomes an expression that yields it.
+    """
+    if isinstance(value, Mapping):
+        return {key: config_value(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [config_value(one) for one in value]
+    if not isinstance(value, Path):
+        return value
+    text = str(value)
+    if not set(text) & set("#@%$") and DefaultParseValue(text) == text:
+        return text
+    return "$" + "".join(f"\\x{ord(sign):02x}" if sign in "#@%$" else sign for sign in repr(text))
 
 
 def _quoted(word: str) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ def segment(
     t1c: str | None = None,
     t2w: str | None = None,
     flair: str | None = None,
+    name: str | None = None,
     device: str | None = None,
     runtime: str = "auto",
     sliding_window: bool = False,
@@ -46,6 +48,7 @@ def segment(
         t1c: its T1 after contrast.
         t2w: its T2.
         flair: its T2-FLAIR.
+        name: its name; by default what tells its files from those of others, else that of their folder.
         device: "cpu", "cuda", "cuda:1"; by default a GPU if there is one.
         runtime: "auto", "torch" or "openvino", which is several times faster on a CPU; auto takes it where it is
             installed and the device is a CPU.
@@ -56,10 +59,11 @@ def segment(
         pictures: draw a picture of each subject and the report.
         overrides: any other value of the bundle's inference.json, by name.
     """
-    dataset = _dataset(inputs, {"t1n": t1n, "t1c": t1c, "t2w": t2w, "flair": flair})
+    dataset = _dataset(inputs, {"t1n": t1n, "t1c": t1c, "t2w": t2w, "flair": flair}, name)
     from .weights import Weights
 
-    found = Weights(weights or bundle_root("comnet_ensemble") / "models")  # kept, so that each file is read once
+    there = _path(weights) if weights else bundle_root("comnet_ensemble") / "models"
+    found = Weights(there)  # kept, so that each file is read once
     settings = ensemble_settings(found)
     if device:
         _check_device(device)
@@ -70,13 +74,13 @@ def segment(
         "comnet_ensemble",
         "inference.json",
         dataset_dir=dataset,
-        output_dir=output_dir,
-        weights_dir=str(found.path),
+        output_dir=_path(output_dir),
+        weights_dir=found.path,
         runtime=runtime,
         write_probabilities=probabilities,
         write_uncertainty=uncertainty,
         write_pictures=pictures,
-        **(settings | overrides),
+        **(settings | {key: _override(key, value) for key, value in overrides.items()}),
     )
 
 
@@ -100,22 +104,37 @@ def _check_device(device: str) -> None:
         raise UserError(f"--device {device}: PyTorch sees no GPU here; use --device cpu")
 
 
-def _dataset(inputs: Sequence[str], files: dict[str, str | None]) -> Any:
-    from .cohort import MODALITIES
+def _path(name: str | Path) -> Path:
+    return Path(name).expanduser()
 
-    given = {key: path for key, path in files.items() if path is not None}
-    if inputs and given:
-        raise UserError("give either folders, or one subject by --t1n --t1c --t2w --flair, not both")
+
+def _override(name: str, value: Any) -> Any:
+    """Read a value of a config that came as text: places stay text, anything else is what Python makes of it."""
+    from fire.parser import DefaultParseValue
+
+    return (
+        _path(value)
+        if name.endswith(("_dir", "_file"))
+        else DefaultParseValue(value)
+        if isinstance(value, str)
+        else value
+    )
+
+
+def _dataset(inputs: Sequence[str], files: Mapping[str, str | None], name: str | None) -> Any:
+    given = {key: _path(path) for key, path in files.items() if path is not None}
+    if inputs and (given or name):
+        raise UserError("give either folders, or one subject by --t1n --t1c --t2w --flair (and --name), not both")
     if given:
-        missing = [f"--{key}" for key in MODALITIES if key not in given]
+        missing = [f"--{key}" for key in files if key not in given]
         if missing:
             raise UserError(f"one subject needs four files: {', '.join(missing)} missing")
-        return given
+        return given | ({"name": Path(name)} if name else {})
     if not inputs:
         raise UserError(
             "nothing to segment: name subject folders or a dataset folder, or use --t1n --t1c --t2w --flair"
         )
-    return [str(path) for path in inputs]
+    return [_path(folder) for folder in inputs]
 
 
 def validate(
@@ -151,8 +170,8 @@ def validate(
         "comnet_mednext",
         "train.json",
         run_id="check_data",
-        dataset_dir=dataset_dir,
-        datalist_file=output,
+        dataset_dir=_path(dataset_dir),
+        datalist_file=_path(output),
         num_folds=num_folds,
         seed=seed,
         **{f"cohort#{key}": value for key, value in cohort.items()},
@@ -398,11 +417,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments and arguments[-1] in ("--help", "-h"):  # Fire alone would complain of missing arguments as well
         arguments[-1:] = ["--", "--help"]
     try:
-        fire.Fire(SUBCOMMANDS, command=arguments, name="comnet")
+        fire.Fire({name: as_typed(command) for name, command in SUBCOMMANDS.items()}, command=arguments, name="comnet")
     except KeyboardInterrupt:
         sys.exit("comnet: stopped; the same command goes on from here")
     except Exception as error:
         sys.exit(f"comnet: {known_reason(error) or log_fault(error, _output_folder(arguments))}")
+
+
+def as_typed(command: Callable[..., None]) -> Callable[..., None]:
+    """Have Fire leave names and paths as they were typed: else `2023_01` becomes a number and `a,b` a tuple."""
+    from fire import decorators, parser
+
+    numbers = {
+        name: parser.DefaultParseValue
+        for name, parameter in inspect.signature(command).parameters.items()
+        if "str" not in str(parameter.annotation)
+    }
+    return decorators.SetParseFns(**numbers)(decorators.SetParseFn(str)(command))
 
 
 def _output_folder(arguments: Sequence[str]) -> str:
