@@ -75,8 +75,8 @@ def bundle_command(name: str, *configs: str | Path, run_id: str = "run", **overr
 def config_value(value: Any) -> Any:
     """Return what a config takes a value for, with every `Path` as text that neither MONAI nor Fire reads otherwise.
 
-    MONAI's configs give a meaning to ``#``, ``@``, ``%`` and ``$`` in a text. Fire, which reads MONAI's command line too,
-    takes ``2023_01`` for a number and ``a,b`` for a tuple. Such a text becomes an expression that yields it.
+    MONAI's configs give a meaning to ``#``, ``@``, ``%`` and ``$`` in a text. Fire, which reads MONAI's command line
+    too, takes ``2023_01`` for a number and ``a,b`` for a tuple. Such a text becomes an expression that yields it.
     """
     if isinstance(value, Mapping):
         return {key: config_value(one) for key, one in value.items()}

@@ -112,13 +112,9 @@ def _override(name: str, value: Any) -> Any:
     """Read a value of a config that came as text: places stay text, anything else is what Python makes of it."""
     from fire.parser import DefaultParseValue
 
-    return (
-        _path(value)
-        if name.endswith(("_dir", "_file"))
-        else DefaultParseValue(value)
-        if isinstance(value, str)
-        else value
-    )
+    if name.endswith(("_dir", "_file")):
+        return _path(value)
+    return DefaultParseValue(value) if isinstance(value, str) else value
 
 
 def _dataset(inputs: Sequence[str], files: Mapping[str, str | None], name: str | None) -> Any:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -141,3 +142,24 @@ def test_pack_names_the_files_of_a_release(tmp_path, capsys):
 def test_a_gpu_that_is_not_there(dataset, weights, tmp_path):
     message = comnet("segment", dataset, "--output_dir", tmp_path, "--weights", weights, "--device", "cuda")
     assert "PyTorch sees no GPU here; use --device cpu" in str(message)
+
+
+@pytest.mark.parametrize("name", ["2023_01", "1e3", "12", "0042", "a,b", "#x", "run#2", "[1]", "None", "True", "0x1F"])
+def test_names_and_paths_stay_text(name, weights, monkeypatch):
+    runs = []
+    monkeypatch.setattr(cli, "run_bundle", lambda *configs, **values: runs.append(values))
+    comnet("segment", name, "--output_dir", name, "--weights", weights, "--patch_size", "[32,32,32]", "--nopictures")
+    assert (runs[0]["dataset_dir"], runs[0]["output_dir"]) == ([Path(name)], Path(name))
+    assert (runs[0]["patch_size"], runs[0]["write_pictures"]) == ([32, 32, 32], False)
+    files = [word for key in ("t1n", "t1c", "t2w", "flair") for word in (f"--{key}", name)]
+    comnet("segment", *files, "--name", name, "--output_dir", "~/out", "--weights", weights)
+    assert set(runs[1]["dataset_dir"].values()) == {Path(name)} and "name" in runs[1]["dataset_dir"]
+    assert runs[1]["output_dir"] == Path.home() / "out"
+
+
+def test_a_fault_of_ours_keeps_its_traceback_beside_the_outputs(dataset, weights, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "run_bundle", lambda *configs, **values: [][0])
+    told = comnet("segment", dataset, "--output_dir", tmp_path / "out", "--weights", weights)
+    log = tmp_path / "out" / "comnet-error.log"
+    assert told.splitlines()[-1].endswith(str(log)) and "IndexError" in told
+    assert "Traceback" in log.read_text()

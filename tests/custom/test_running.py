@@ -4,8 +4,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from fire.parser import DefaultParseValue
+from monai.bundle import ConfigParser
 
-from custom.bundle_run import bundle_command, bundle_root, known_reason, log_fault, run_bundle
+from custom.bundle_run import bundle_command, bundle_root, config_value, known_reason, log_fault, run_bundle
 from custom.cohort import SubjectError
 from custom.cohort.four_channel import StackingError
 from custom.crossval.execute import JobsFailed
@@ -84,3 +86,31 @@ def test_a_bug_while_a_users_mistake_is_handled_is_a_bug():
 def test_every_error_of_ours_is_meant_for_users():
     for error in (SubjectError, StackingError, CheckpointError, PackingError, VersionError, JobsFailed):
         assert issubclass(error, UserError), error
+
+
+ODD_NAMES = [
+    "2023_01",
+    "1e3",
+    "12",
+    "0042",
+    "a,b",
+    "#x",
+    "run#2",
+    "[1]",
+    "None",
+    "True",
+    "0x1F",
+    "@fold",
+    "$HOME",
+    "%x",
+]
+
+
+@pytest.mark.parametrize("name", [*ODD_NAMES, "it's", "a b", "back\\slash", "(1)", "{'a': 1}", '"quoted"', "1.50"])
+def test_a_name_stays_text_in_a_config_and_on_monais_command_line(name):
+    value = config_value(Path(name))
+    assert DefaultParseValue(value) == value
+    assert ConfigParser({"name": value}).get_parsed_content("name") == name
+    assert ConfigParser({"names": config_value([Path(name)])}).get_parsed_content("names") == [name]
+    words = shlex.split(bundle_command("comnet_ensemble", "inference.json", output_dir=Path(name)))
+    assert ConfigParser({"name": DefaultParseValue(words[-1])}).get_parsed_content("name") == name
