@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import nibabel as nib
 import numpy as np
-from monai.utils import optional_import
 from scipy import ndimage
+from tqdm import tqdm
 
 from ..files import UserError
 from .subject import MODALITIES, PALETTES, REGION_TISSUES, REGIONS, Exclusion, Subject, SubjectError
-from .volumes import Volume, check_finite, read_volume
+from .volumes import Volume, read_volume
 
 GRID_TOLERANCE = 1e-3
 LEAST_SIZE = 8
@@ -29,7 +28,7 @@ MOST_LABELS = 6
 LEAST_BACKGROUND = 0.05
 MOST_NOISE = 1e-3
 MAGNITUDES = (1e-12, 1e12)
-LEAST_SHARED_BRAIN = 0.5
+MOST_HIDDEN_BRAIN = 0.5
 
 
 @dataclass
@@ -49,24 +48,6 @@ class Scan:
     warnings: list[str]
 
 
-@dataclass
-class _Image:
-    what: str
-    file: str
-    volume: Volume
-
-    @property
-    def voxels(self) -> np.ndarray:
-        return self.volume.voxels
-
-    @property
-    def affine(self) -> np.ndarray:
-        return self.volume.affine
-
-    def warn(self, sentence: str) -> None:
-        self.volume.warnings.append(sentence)
-
-
 def read_scan(subject: str, images: str | Sequence[str]) -> Scan:
     """Read the images of a subject, each file once; check them, and put right what can be put right without doubt.
 
@@ -80,18 +61,26 @@ def read_scan(subject: str, images: str | Sequence[str]) -> Scan:
     Raises:
         SubjectError: the first thing found wrong.
     """
-    scan = _read_channels(subject, images) if isinstance(images, str) else _read_files(subject, images)
+    if isinstance(images, str):
+        scan = _read_channels(subject, images)
+    elif len(images) == len(MODALITIES):
+        named = dict(zip(MODALITIES, map(str, images), strict=True))
+        _check_different_files(subject, named)
+        scan = [read_volume(subject, file, what) for what, file in named.items()]
+    else:
+        reason = f"{len(images)} images, not one each for {', '.join(MODALITIES)}"
+        raise SubjectError(subject, str(next(iter(images), "")), reason, "Give four files, or one with four channels")
     for image in scan:
-        _check_image(subject, image)
-        _check_size(subject, image)
-    for image in scan[1:]:
+        _check_values(image)
+        _check_size(image)
         _turn(image, scan[0])
-    _check_grids(subject, scan)
-    _check_different_voxels(subject, scan)
+    grid = max(scan, key=lambda one: sum(_same_grid(one, o.voxels.shape, o.affine) for o in scan))
+    for image in scan:  # against the grid of most, so that the odd one out is the one that is named
+        _check_grid(grid, image)
+    _check_different_voxels(scan)
     _compare_brains(scan)
-    warnings = [f"{image.what}: {warning}" for image in scan for warning in image.volume.warnings]
-    first = scan[0].volume
-    return Scan([image.voxels for image in scan], first.header, first.affine, list(dict.fromkeys(warnings)))
+    warnings = [f"{image.what}: {warning}" for image in scan for warning in image.warnings]
+    return Scan([image.voxels for image in scan], scan[0].header, scan[0].affine, warnings)
 
 
 def check_subject(
@@ -114,7 +103,7 @@ def check_subject(
 
     Raises:
         SubjectError: the first thing found wrong.
-        ValueError: `unknown_labels` is neither of the two.
+        UserError: `unknown_labels` is neither of the two.
     """
     if unknown_labels not in ("exclude", "background"):
         raise UserError(f'unknown_labels is {unknown_labels!r}: give "exclude" or "background".')
@@ -122,9 +111,8 @@ def check_subject(
         folder = os.path.dirname(subject.images[0])
         raise SubjectError(subject.name, folder, "no tumour mask", "Add one, or use the subject for inference only")
     if subject.label is not None:
-        _check_different_files(
-            subject.name, dict(zip((*MODALITIES, "mask"), (*subject.images, subject.label), strict=True))
-        )
+        files = zip((*MODALITIES, "mask"), (*subject.images, subject.label), strict=True)
+        _check_different_files(subject.name, dict(files))
     scan = read_scan(subject.name, subject.images)
     facts: dict[str, Any] = {
         "shape": [int(n) for n in scan.images[0].shape],
@@ -135,35 +123,25 @@ def check_subject(
         "warnings": scan.warnings,
     }
     if subject.label is not None:
-        mask = _Image("mask", subject.label, read_volume(subject.name, subject.label))
-        check_finite(subject.name, mask.file, mask.voxels)
-        first = _Image(MODALITIES[0], subject.images[0], Volume(scan.images[0], scan.header, scan.affine))
-        _check_grid(subject.name, first, mask)
-        facts["voxels"], warnings = check_labels(subject, mask.voxels, unknown_labels, allow_empty_mask)
+        mask = read_volume(subject.name, subject.label, "mask")
+        mask.check_finite()
+        _check_grid(
+            Volume(subject.name, subject.images[0], MODALITIES[0], scan.images[0], scan.header, scan.affine), mask
+        )
+        facts["voxels"], warnings = _check_labels(mask, subject.palette, unknown_labels, allow_empty_mask)
         facts["has_et"] = facts["voxels"]["ET"] > 0
-        odd = [f"mask: {one}" for one in mask.volume.warnings if f"{first.what}: {one}" not in scan.warnings]
-        facts["warnings"] = [*scan.warnings, *odd, *warnings]
+        new = [one for one in mask.warnings if f"{MODALITIES[0]}: {one}" not in scan.warnings]
+        facts["warnings"] = [*scan.warnings, *(f"mask: {one}" for one in [*new, *warnings])]
     return facts
 
 
-def _read_files(subject: str, files: Sequence[str]) -> list[_Image]:
-    if len(files) != len(MODALITIES):
-        reason = f"{len(files)} images, not one each for {', '.join(MODALITIES)}"
-        raise SubjectError(
-            subject, str(files[0]) if files else "", reason, "Give four files, or one with four channels"
-        )
-    named = dict(zip(MODALITIES, map(str, files), strict=True))
-    _check_different_files(subject, named)
-    return [_Image(what, file, read_volume(subject, file)) for what, file in named.items()]
-
-
-def _read_channels(subject: str, file: str) -> list[_Image]:
+def _read_channels(subject: str, file: str) -> list[Volume]:
     whole = read_volume(subject, file, dimensions=4)
     if whole.voxels.shape[3] != len(MODALITIES):
         reason = f"it holds {whole.voxels.shape[3]} channels, not one each for {', '.join(MODALITIES)}"
-        raise SubjectError(subject, file, reason, "Make it of the four modalities with `comnet stack`")
+        raise whole.error(reason, "Make it of the four modalities with `comnet stack`")
     return [
-        _Image(what, file, Volume(whole.voxels[..., channel], whole.header, whole.affine, list(whole.warnings)))
+        replace(whole, what=what, voxels=whole.voxels[..., channel], warnings=[] if channel else whole.warnings)
         for channel, what in enumerate(MODALITIES)
     ]
 
@@ -177,32 +155,27 @@ def _check_different_files(subject: str, files: Mapping[str, str]) -> None:
             raise SubjectError(subject, file, reason, "Give each modality, and the mask, a file of its own")
 
 
-def _check_image(subject: str, image: _Image) -> None:
+def _check_values(image: Volume) -> None:
     _clear_outside(image)
-    check_finite(subject, image.file, image.voxels)
-    low, high = image.voxels.min(), image.voxels.max()
+    image.check_finite()
+    low, high = float(image.voxels.min()), float(image.voxels.max())
     if low == high:
         reason = f"every voxel of the {image.what} image is {low:g}" + (": the image is empty" if low == 0 else "")
-        raise SubjectError(subject, image.file, reason, "Export the image again, or leave the subject out")
-    labels = _looks_like_labels(image.voxels)
-    if labels is not None:
-        reason = f"the {image.what} image holds only the values {', '.join(f'{v:g}' for v in labels)}, as a mask does"
-        raise SubjectError(subject, image.file, reason, "Check whether image and mask were swapped, or misnamed")
-    if _clear_background(image, float(low), float(high)):
-        low, high = image.voxels.min(), image.voxels.max()
-    if not MAGNITUDES[0] < max(abs(float(low)), abs(float(high))) < MAGNITUDES[1]:
+        raise image.error(reason, "Export the image again, or leave the subject out")
+    if np.unique(image.voxels.ravel(order="K")[::97]).size <= MOST_LABELS:  # settles nearly every true image
+        values = np.unique(image.voxels)
+        if values.size <= MOST_LABELS and (values == np.rint(values)).all():
+            held = ", ".join(f"{value:g}" for value in values)
+            reason = f"the {image.what} image holds only the values {held}, as a mask does"
+            raise image.error(reason, "Check whether image and mask were swapped, or misnamed")
+    if _clear_background(image, low, high):
+        low, high = float(image.voxels.min()), float(image.voxels.max())
+    if not MAGNITUDES[0] < max(abs(low), abs(high)) < MAGNITUDES[1]:
         reason = f"the values of the {image.what} image run from {low:g} to {high:g}: no single precision can hold this"
-        raise SubjectError(subject, image.file, reason, "Look for damaged voxels, or rescale the image")
+        raise image.error(reason, "Look for damaged voxels, or rescale the image")
     if (background := 1 - np.count_nonzero(image.voxels) / image.voxels.size) < LEAST_BACKGROUND:
-        image.warn(f"only {100 * background:.1f} % of voxels are 0, so the skull is probably not stripped")
-
-
-def _looks_like_labels(voxels: np.ndarray) -> np.ndarray | None:
-    """The distinct values, if they are few and whole; a sparse sample settles nearly every true image."""
-    if np.unique(voxels.ravel(order="K")[::97]).size > MOST_LABELS:
-        return None
-    values = np.unique(voxels)
-    return values if values.size <= MOST_LABELS and (values == np.rint(values)).all() else None
+        share = f"only {100 * background:.1f} % of voxels are 0"
+        image.warnings.append(f"{share}, so the skull is probably not stripped")
 
 
 def _border(voxels: np.ndarray) -> np.ndarray:
@@ -210,17 +183,16 @@ def _border(voxels: np.ndarray) -> np.ndarray:
     return np.concatenate([np.take(voxels, end, axis).ravel() for axis in range(3) for end in (0, -1)])
 
 
-def _clear_outside(image: _Image) -> None:
+def _clear_outside(image: Volume) -> None:
     """Set NaN or infinity to 0 where it is the background: on most of the border, and what hangs together with that."""
     if image.voxels.dtype.kind != "f" or (bad := ~np.isfinite(image.voxels)).sum() == 0 or _border(bad).mean() < 0.5:
         return
     parts, _ = ndimage.label(bad)
-    outside = np.isin(parts, np.setdiff1d(_border(parts), 0))
-    image.volume.voxels = np.where(outside, 0, image.voxels)
-    image.warn("the background is not 0 but NaN or infinite: taken as 0")
+    image.voxels = np.where(np.isin(parts, np.setdiff1d(_border(parts), 0)), 0, image.voxels)
+    image.warnings.append("the background is not 0 but NaN or infinite: taken as 0")
 
 
-def _clear_background(image: _Image, low: float, high: float) -> bool:
+def _clear_background(image: Volume, low: float, high: float) -> bool:
     """Set a background of one value, or of slight noise around one, to 0; voxels of 0 in the brain stay foreground."""
     border = _border(image.voxels).astype(np.float64)
     value = float(np.median(border))
@@ -230,25 +202,28 @@ def _clear_background(image: _Image, low: float, high: float) -> bool:
         return False
     background = np.abs(image.voxels - value) <= noise if noise else image.voxels == value
     inside = np.where(image.voxels == 0, MOST_NOISE * (high - low), image.voxels)
-    image.volume.voxels = np.where(background, 0, inside if value else image.voxels)
-    image.warn(f"the background is not 0 but {value:.4g}" + (" with noise" if noise else "") + ": taken as 0")
+    image.voxels = np.where(background, 0, inside if value else image.voxels)
+    around = f"noise around {value:.2g}" if noise else f"{value:.4g}"
+    image.warnings.append(f"the background is not 0 but {around}: taken as 0")
     return True
 
 
-def _check_size(subject: str, image: _Image) -> None:
+def _check_size(image: Volume) -> None:
     size, spacing = np.array(image.voxels.shape), nib.affines.voxel_sizes(image.affine)
     if size.min() < LEAST_SIZE:
-        reason = (
-            f"{image.what} has {_size(image.voxels.shape)} voxels; fewer than {LEAST_SIZE} along an axis are no brain"
-        )
-        raise SubjectError(subject, image.file, reason, "Give the whole volume, not slices or a corner of it")
+        reason = f"{image.what} has {_size(size)} voxels; fewer than {LEAST_SIZE} along an axis are no brain"
+        raise image.error(reason, "Give the whole volume, not slices or a corner of it")
     if spacing.min() < SPACINGS_MM[0] or spacing.max() > SPACINGS_MM[1] or (size * spacing).max() > MOST_MM:
         sizes = " x ".join(f"{mm:.3g}" for mm in spacing)
-        reason = f"{image.what} has voxels of {sizes} mm, {_size(image.voxels.shape)} of them: that is no head"
-        raise SubjectError(subject, image.file, reason, "Correct the voxel sizes in the header; they are in mm")
+        reason = f"{image.what} has voxels of {sizes} mm, {_size(size)} of them: that is no head"
+        raise image.error(reason, "Correct the voxel sizes in the header; they are in mm")
 
 
-def _turn(image: _Image, grid: _Image) -> None:
+def _size(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _turn(image: Volume, grid: Volume) -> None:
     """Bring an image stored along other axes of the same grid into line with it."""
     axes = np.linalg.inv(grid.affine[:3, :3]) @ image.affine[:3, :3]
     order = np.abs(axes).argmax(axis=0)
@@ -259,121 +234,92 @@ def _turn(image: _Image, grid: _Image) -> None:
     voxels = nib.orientations.apply_orientation(image.voxels, turn)
     if _same_grid(grid, voxels.shape, affine):
         before, after = ("".join(nib.aff2axcodes(one)) for one in (image.affine, affine))
-        image.volume.voxels, image.volume.affine = voxels, affine
-        image.warn(f"stored in another orientation of the same grid ({before}): brought into line ({after})")
+        image.voxels, image.affine = voxels, affine
+        image.warnings.append(f"stored in another orientation of the same grid ({before}): brought into line ({after})")
 
 
-def _check_different_voxels(subject: str, images: list[_Image]) -> None:
-    for first, image in combinations(images, 2):
-        sample = (slice(None, None, 7),) * 3  # settles nearly every pair
-        if all(np.array_equal(first.voxels[part], image.voxels[part]) for part in (sample, ...)):
-            reason = f"{image.what} and {first.what} ({os.path.basename(first.file)}) hold the very same voxels"
-            raise SubjectError(subject, image.file, reason, "One was copied over the other: find the right file")
-
-
-def _compare_brains(images: list[_Image]) -> None:
-    """Warn of an image that is 0 in much of what the others show."""
-    shown = [image.voxels != 0 for image in images]
-    union = max(1, np.count_nonzero(np.logical_or.reduce(shown)))
-    for image, mask in zip(images, shown, strict=True):
-        if (share := np.count_nonzero(mask) / union) < LEAST_SHARED_BRAIN:
-            image.warn(f"is 0 in {100 * (1 - share):.0f} % of the brain that the others show: check its brain mask")
-
-
-def _check_grids(subject: str, images: list[_Image]) -> None:
-    """Compare with the grid most images agree on, so that the odd one out is the one that is named."""
-    grid = max(images, key=lambda image: sum(_same_grid(image, o.voxels.shape, o.affine) for o in images))
-    for image in images:
-        _check_grid(subject, grid, image)
-
-
-def _same_grid(grid: _Image, shape: tuple[int, ...], affine: np.ndarray) -> bool:
+def _same_grid(grid: Volume, shape: tuple[int, ...], affine: np.ndarray) -> bool:
     return grid.voxels.shape == shape and np.allclose(grid.affine, affine, rtol=0, atol=GRID_TOLERANCE)
 
 
-def _check_grid(subject: str, grid: _Image, image: _Image) -> None:
-    shape, affine = image.voxels.shape, image.affine
-    if _same_grid(grid, shape, affine):
+def _check_grid(grid: Volume, image: Volume) -> None:
+    if _same_grid(grid, image.voxels.shape, image.affine):
         return
-    if grid.voxels.shape != shape:
-        difference = f"shape {_size(shape)}, that of {grid.what} is {_size(grid.voxels.shape)}"
+    if grid.voxels.shape != image.voxels.shape:
+        difference = f"shape {_size(image.voxels.shape)}, that of {grid.what} is {_size(grid.voxels.shape)}"
     else:
-        difference = f"affine differs from that of {grid.what} by up to {np.abs(affine - grid.affine).max():.3g}"
+        difference = f"affine differs from that of {grid.what} by up to {np.abs(image.affine - grid.affine).max():.3g}"
     reason = f"{image.what} is on another grid: {difference} ({os.path.basename(grid.file)})"
-    raise SubjectError(subject, image.file, reason, "Register and resample all files of the subject to one grid")
+    raise image.error(reason, "Register and resample all files of the subject to one grid")
 
 
-def _size(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
+def _check_different_voxels(images: list[Volume]) -> None:
+    sample = (slice(None, None, 7),) * 3  # settles nearly every pair
+    for first, image in combinations(images, 2):
+        if all(np.array_equal(first.voxels[part], image.voxels[part]) for part in (sample, ...)):
+            reason = f"{image.what} and {first.what} ({os.path.basename(first.file)}) hold the very same voxels"
+            raise image.error(reason, "One was copied over the other: find the right file")
+
+
+def _compare_brains(images: list[Volume]) -> None:
+    """Warn of an image that is 0 in much of what the others show."""
+    shown = [image.voxels != 0 for image in images]
+    union = np.count_nonzero(np.logical_or.reduce(shown))
+    for image, mask in zip(images, shown, strict=True):
+        if (share := 1 - np.count_nonzero(mask) / union) > MOST_HIDDEN_BRAIN:
+            part = f"is 0 in {100 * share:.0f} % of the brain that the others show"
+            image.warnings.append(f"{part}: check its brain mask")
 
 
 MOST_MASK_VALUES = 16
 LABEL_TOLERANCE = 0.02
 
 
-def check_labels(
-    subject: Subject, voxels: np.ndarray, unknown_labels: str, allow_empty_mask: bool
+def _check_labels(
+    mask: Volume, palette_name: str, unknown_labels: str, allow_empty_mask: bool
 ) -> tuple[dict[str, int], list[str]]:
-    """Count the voxels of each region in a mask of the subject's palette.
+    """Count the voxels of each region; refuse an image, labels outside the palette, or no tumour, unless allowed.
 
     Returns:
         Voxels per region, and warnings.
-
-    Raises:
-        SubjectError: an image in place of a mask, labels outside the palette, or no tumour, unless allowed.
     """
-    counts = _count_labels(subject, voxels)
-    palette = PALETTES[subject.palette]
-    unknown = {label: count for label, count in counts.items() if label not in palette.values()}
-    warnings = _check_unknown(subject, unknown, unknown_labels) if unknown else []
+    counts, palette = _count_labels(mask), PALETTES[palette_name]
+    warnings = []
+    if unknown := {label: count for label, count in counts.items() if label not in palette.values()}:
+        found = ", ".join(f"{label} ({count} voxels)" for label, count in unknown.items())
+        if unknown_labels == "exclude":
+            meaning = ", ".join(f"{tissue} {label}" for tissue, label in palette.items())
+            reason = f"the mask holds labels that palette {palette_name} ({meaning}) does not know: {found}"
+            remedy = 'Correct the mask, keep the subject with unknown_labels="background", or give the mask\'s palette'
+            raise mask.error(reason, remedy)
+        warnings.append(f"undocumented labels count as background: {found}")
     regions = {region: sum(counts.get(palette[tissue], 0) for tissue in REGION_TISSUES[region]) for region in REGIONS}
+    if regions["WT"] == 0 and not allow_empty_mask:
+        raise mask.error("the mask holds no tumour", "Correct it, or keep the subject with allow_empty_mask=True")
     if regions["WT"] == 0:
-        warnings.append(_check_empty(subject, allow_empty_mask))
+        warnings.append("holds no tumour")
     elif set(counts) - set(unknown) == {palette["core"]}:
         warnings.append(
-            f"mask: holds only label {palette['core']}, which the palette reads as tumour core: "
+            f"holds only label {palette['core']}, which the palette reads as tumour core: "
             "check that it is no mask of the whole tumour or of the brain"
         )
     return regions, warnings
 
 
-def _count_labels(subject: Subject, voxels: np.ndarray) -> dict[int, int]:
+def _count_labels(mask: Volume) -> dict[int, int]:
     """Voxels of each label; a tool that stored labels with a slope gives 0.9999 back for 1."""
-    stored, counts = np.unique(voxels[voxels != 0], return_counts=True)
+    stored, counts = np.unique(mask.voxels[mask.voxels != 0], return_counts=True)
     values = np.rint(stored)
     if np.unique(values).size > MOST_MASK_VALUES:
         reason = f"the mask holds {stored.size} distinct values from {stored[0]:g} to {stored[-1]:g}, as an image does"
-        raise SubjectError(subject.name, str(subject.label), reason, "Check whether image and mask were swapped")
+        raise mask.error(reason, "Check whether image and mask were swapped")
     if (between := stored[np.abs(stored - values) > LABEL_TOLERANCE]).size:
         shown = ", ".join(f"{v:.6g}" for v in between[:MOST_LABELS]) + (", …" if between.size > MOST_LABELS else "")
         remedy = "Resample masks with nearest neighbour, and save them as integers"
-        reason = f"the mask holds values that are no whole numbers ({shown})"
-        raise SubjectError(subject.name, str(subject.label), reason, remedy)
-    labels: Counter[int] = Counter()
-    for value, count in zip(values, counts, strict=True):
-        labels[int(value)] += int(count)
-    labels.pop(0, None)
-    return dict(labels)
+        raise mask.error(f"the mask holds values that are no whole numbers ({shown})", remedy)
+    return {int(value): int(counts[values == value].sum()) for value in np.unique(values) if value}
 
 
-def _check_unknown(subject: Subject, unknown: dict[int, int], unknown_labels: str) -> list[str]:
-    labels = ", ".join(f"{label} ({count} voxels)" for label, count in unknown.items())
-    meaning = ", ".join(f"{tissue} {label}" for tissue, label in PALETTES[subject.palette].items())
-    if unknown_labels == "background":
-        return [f"mask: undocumented labels count as background: {labels}"]
-    reason = f"the mask holds labels that palette {subject.palette} ({meaning}) does not know: {labels}"
-    remedy = 'Correct the mask, keep the subject with unknown_labels="background", or give the palette it is written in'
-    raise SubjectError(subject.name, str(subject.label), reason, remedy)
-
-
-def _check_empty(subject: Subject, allow_empty_mask: bool) -> str:
-    if not allow_empty_mask:
-        remedy = "Correct the mask, or keep the subject with allow_empty_mask=True"
-        raise SubjectError(subject.name, str(subject.label), "the mask holds no tumour", remedy)
-    return "mask: holds no tumour"
-
-
-T = TypeVar("T")
 MOST_WORKERS = 4
 MOST_LINES = 10
 
@@ -409,7 +355,9 @@ def check_subjects(
 
     workers = num_workers or min(MOST_WORKERS, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
-        results = list(_with_bar(pool.map(check, subjects), len(subjects), progress))
+        quiet = None if progress else True  # None: no bar where there is no terminal
+        bar = tqdm(pool.map(check, subjects), "checking subjects", len(subjects), unit="subject", disable=quiet)
+        results = list(bar)
     kept = [pair for pair in zip(subjects, results, strict=True) if isinstance(pair[1], dict)]
     return kept, [result for result in results if isinstance(result, Exclusion)]
 
@@ -449,13 +397,3 @@ def log_outcome(
 def _first(lines: Sequence[str], places: str) -> str:
     more = f" … and {len(lines) - MOST_LINES} more{places}." if len(lines) > MOST_LINES else ""
     return " | ".join(lines[:MOST_LINES]) + more
-
-
-def _with_bar(results: Iterable[T], total: int, progress: bool) -> Iterator[T]:
-    if not progress:
-        return iter(results)
-    tqdm, installed = optional_import("tqdm", name="tqdm")
-    if not installed:
-        logger.info("tqdm is not installed: checking %d subjects without a progress bar", total)
-        return iter(results)
-    return iter(tqdm(results, total=total, desc="checking subjects", unit="subject", disable=None))
