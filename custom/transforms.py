@@ -126,7 +126,7 @@ class LoadSubjectd(MapTransform):
         return dict(data) | {
             self.key: MetaTensor(voxels, meta=meta),
             self.subject_key: name,
-            self.brain_key: _brain(voxels).to(torch.uint8),
+            self.brain_key: torch.from_numpy(scan.brain[None].astype(np.uint8, order="C")),
             self.warnings_key: scan.warnings,
         }
 

@@ -39,12 +39,14 @@ class Scan:
         images: four arrays [x, y, z] in the order of `MODALITIES`; of the file's own type unless put right.
         header: of the first file.
         affine: of the first file.
+        brain: [x, y, z] bool, where any image is not 0.
         warnings: what is odd, and what was put right, in sentences for people.
     """
 
     images: list[np.ndarray]
     header: nib.Nifti1Header
     affine: np.ndarray
+    brain: np.ndarray
     warnings: list[str]
 
 
@@ -78,9 +80,9 @@ def read_scan(subject: str, images: str | Sequence[str]) -> Scan:
     for image in scan:  # against the grid of most, so that the odd one out is the one that is named
         _check_grid(grid, image)
     _check_different_voxels(scan)
-    _compare_brains(scan)
+    brain = _compare_brains(scan)
     warnings = [f"{image.what}: {warning}" for image in scan for warning in image.warnings]
-    return Scan([image.voxels for image in scan], scan[0].header, scan[0].affine, warnings)
+    return Scan([image.voxels for image in scan], scan[0].header, scan[0].affine, brain, warnings)
 
 
 def check_subject(
@@ -180,7 +182,7 @@ def _check_values(image: Volume) -> None:
 
 def _border(voxels: np.ndarray) -> np.ndarray:
     """The voxels of the six faces, [n]."""
-    return np.concatenate([np.take(voxels, end, axis).ravel() for axis in range(3) for end in (0, -1)])
+    return np.concatenate([np.moveaxis(voxels, axis, 0)[end].ravel() for axis in range(3) for end in (0, -1)])
 
 
 def _clear_outside(image: Volume) -> None:
@@ -261,14 +263,15 @@ def _check_different_voxels(images: list[Volume]) -> None:
             raise image.error(reason, "One was copied over the other: find the right file")
 
 
-def _compare_brains(images: list[Volume]) -> None:
-    """Warn of an image that is 0 in much of what the others show."""
+def _compare_brains(images: list[Volume]) -> np.ndarray:
+    """Where any image is not 0; warns of an image that is 0 in much of that."""
     shown = [image.voxels != 0 for image in images]
-    union = np.count_nonzero(np.logical_or.reduce(shown))
+    brain = np.logical_or.reduce(shown)
     for image, mask in zip(images, shown, strict=True):
-        if (share := 1 - np.count_nonzero(mask) / union) > MOST_HIDDEN_BRAIN:
+        if (share := 1 - np.count_nonzero(mask) / np.count_nonzero(brain)) > MOST_HIDDEN_BRAIN:
             part = f"is 0 in {100 * share:.0f} % of the brain that the others show"
             image.warnings.append(f"{part}: check its brain mask")
+    return brain
 
 
 MOST_MASK_VALUES = 16

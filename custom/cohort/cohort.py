@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +19,7 @@ logger = logging.getLogger("comnet")
 Item = dict[str, Any]
 
 
+@dataclass(eq=False)
 class Cohort:
     """Checked subjects of a dataset, in folds.
 
@@ -43,33 +45,18 @@ class Cohort:
         exclusions: what the last check left out.
     """
 
-    def __init__(
-        self,
-        dataset_dir: DatasetDir,
-        datalist_file: PathLike | None = None,
-        layout: str = "auto",
-        palette: str | None = None,
-        num_folds: int = 5,
-        seed: int = 0,
-        unknown_labels: str = "exclude",
-        allow_empty_mask: bool = False,
-        num_workers: int | None = None,
-        progress: bool = True,
-        rebuild: bool = False,
-    ) -> None:
-        """Keep the settings; nothing is read yet."""
-        self.dataset_dir = dataset_dir
-        self.datalist_file = datalist_file
-        self.layout = layout
-        self.palette = palette
-        self.num_folds = num_folds
-        self.seed = seed
-        self.unknown_labels = unknown_labels
-        self.allow_empty_mask = allow_empty_mask
-        self.num_workers = num_workers
-        self.progress = progress
-        self.rebuild = rebuild
-        self.exclusions: list[Exclusion] = []
+    dataset_dir: DatasetDir
+    datalist_file: PathLike | None = None
+    layout: str = "auto"
+    palette: str | None = None
+    num_folds: int = 5
+    seed: int = 0
+    unknown_labels: str = "exclude"
+    allow_empty_mask: bool = False
+    num_workers: int | None = None
+    progress: bool = True
+    rebuild: bool = False
+    exclusions: list[Exclusion] = field(default_factory=list, init=False)
 
     def training(self, fold: int | str | None = None) -> list[Item]:
         """Items of all folds but `fold`; all items for None or "all".
@@ -118,31 +105,17 @@ class Cohort:
 
     @cached_property
     def _datalist(self) -> dict[str, Any]:
-        if self.datalist_file is None:
-            datalist, self.exclusions = self._build()
-            return with_absolute_paths(datalist, self.dataset_dir)
-        if self.rebuild or not os.path.exists(self.datalist_file):
-            datalist, self.exclusions = self._build()
+        if self.datalist_file is None or self.rebuild or not os.path.exists(self.datalist_file):
+            settings = {one.name: getattr(self, one.name) for one in fields(self) if one.init and one.name != "rebuild"}
+            datalist, self.exclusions = build_datalist(**settings)
+            if self.datalist_file is None:
+                return with_absolute_paths(datalist, self.dataset_dir)
             table = write_datalist(datalist, self.exclusions, self.datalist_file, self.dataset_dir)
             logger.info("wrote %s and %s", self.datalist_file, table)
         datalist = load_datalist(self.datalist_file, self.dataset_dir)
         self._check_settings(datalist)
         logger.info("%s: loaded %d subjects", self.datalist_file, len(datalist["training"]))
         return datalist
-
-    def _build(self) -> tuple[dict[str, Any], list[Exclusion]]:
-        return build_datalist(
-            self.dataset_dir,
-            self.layout,
-            self.palette,
-            self.num_folds,
-            self.seed,
-            self.unknown_labels,
-            self.allow_empty_mask,
-            self.num_workers,
-            self.progress,
-            self.datalist_file,
-        )
 
     def _check_settings(self, datalist: dict[str, Any]) -> None:
         folds = datalist.get("num_folds", 1 + max(item["fold"] for item in datalist["training"]))
@@ -158,15 +131,10 @@ class Cohort:
                 "ask for that one, or delete the datalist to have it built again."
             )
         for key in ("seed", "unknown_labels", "allow_empty_mask"):
-            asked = getattr(self, key)
-            if datalist.get(key, asked) != asked:
-                logger.warning(
-                    "%s was built with %s=%r, which stands; %r was asked for. Delete it to have it built again.",
-                    self.datalist_file,
-                    key,
-                    datalist[key],
-                    asked,
-                )
+            asked, stands = getattr(self, key), datalist.get(key, getattr(self, key))
+            if stands != asked:
+                advice = f"{asked!r} was asked for. Delete it to have it built again"
+                logger.warning("%s was built with %s=%r, which stands; %s.", self.datalist_file, key, stands, advice)
 
     def _part(self, fold: int | str | None, part: str, items: list[Item]) -> list[Item]:
         if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < self.num_folds:

@@ -34,18 +34,8 @@ def build_datalist(
 ) -> tuple[dict[str, Any], list[Exclusion]]:
     """Find and check all subjects, and deal the good ones into folds.
 
-    Args:
-        dataset_dir: a folder of subject folders, one subject's own folder, or a list of such folders.
-        layout: one of `LAYOUTS`, or "auto".
-        palette: key of `PALETTES`; by default that of each subject's layout.
-        num_folds: number of folds, see `assign_folds`.
-        seed: of the folds.
-        unknown_labels: "exclude" or "background", see `check_subject`.
-        allow_empty_mask: keep subjects without tumour.
-        num_workers: threads that check subjects, see `check_subjects`.
-        progress: show a bar while subjects are checked.
-        datalist_file: where the caller will write it; where no subject can be used, the exclusion report is written
-            beside it all the same, and the file itself stays as it was.
+    Args as of `Cohort`; where no subject can be used, the exclusion report is written beside `datalist_file` all the
+    same, and the file itself stays as it was.
 
     Returns:
         A MONAI datalist, whose "training" items have paths relative to the dataset folder (to the innermost folder that
@@ -70,7 +60,7 @@ def build_datalist(
     datalist = {
         "name": "comnet",
         "comnet_version": __version__,
-        "layout": _common([subject.layout for subject, _ in kept]),
+        "layout": next(iter(layouts)) if len(layouts := {subject.layout for subject, _ in kept}) == 1 else "mixed",
         "modalities": list(MODALITIES),
         "regions": list(REGIONS),
         "num_folds": num_folds,
@@ -222,10 +212,6 @@ def _counts(items: list[dict[str, Any]], exclusions: list[Exclusion], num_folds:
         "by_palette": dict(sorted(Counter(item["palette"] for item in items).items())),
         "by_fold": [by_fold[fold] for fold in range(num_folds)],
     }
-
-
-def _common(values: list[str]) -> str:
-    return values[0] if len(set(values)) == 1 else "mixed"
 
 
 def _relative(file: str, base: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from glob import escape as glob_escape
 from glob import glob
 from itertools import pairwise
@@ -229,18 +230,28 @@ def _names_modality(files: list[str], layout: str) -> bool:
 def _subject(
     name: str, folder: str, files: list[str], layout: str, palette: str | None, require_label: bool
 ) -> Subject:
+    error = partial(SubjectError, name, folder)
     if not files:
         remedy = "Give every subject a folder of its own; if this one holds folders of subjects, give it as dataset_dir"
-        raise SubjectError(name, folder, "the folder holds no .nii or .nii.gz file", remedy)
+        raise error("the folder holds no .nii or .nii.gz file", remedy)
     layout = recognise(files) if layout == "auto" else layout
     roles = by_role(files, layout)
     source = next((source for source in LABEL_SOURCES if source in roles), None)
     masks = roles.get(source, []) if source else []
     wanted = {key: roles.get(key, []) for key in MODALITIES} | ({"label": masks} if require_label else {})
-    _none_missing(name, folder, files, layout, wanted)
-    _none_twice(name, folder, wanted)
+    what = {key: f"{key} image" for key in MODALITIES} | {"label": "tumour mask"}
+    if missing := [key for key, candidates in wanted.items() if not candidates]:
+        looked_for = "; ".join(f"{what[key]} ({EXPECTED[layout][key]})" for key in missing)
+        reason = f"missing, by the names of the {layout} layout: {looked_for}; the folder holds {shorten(files)}"
+        raise error(reason, "Add the file, or rename it so that its name says what it is")
+    for key, candidates in wanted.items():
+        if len(candidates) > 1:
+            reason = f"{len(candidates)} files could be the {what[key]}: {shorten(candidates)}"
+            raise error(reason, "Keep one of them in the folder: one folder per subject")
     images, label = [wanted[key][0] for key in MODALITIES], masks[0] if len(masks) == 1 else None
-    _one_case(name, folder, [*images, *([label] if label else [])], layout)
+    used = [*images, *([label] if label else [])]
+    if len({case_of(file, layout) for file in used}) > 1:
+        raise error(f"the files belong to different cases: {shorten(used)}", "Keep the files of one case in a folder")
     return Subject(
         name=name,
         layout=layout,
@@ -249,32 +260,6 @@ def _subject(
         palette=palette or DEFAULT_PALETTES[layout],
         label_source=source if label else None,
     )
-
-
-def _what(key: str) -> str:
-    return "tumour mask" if key == "label" else f"{key} image"
-
-
-def _none_missing(name: str, folder: str, files: list[str], layout: str, wanted: dict[str, list[str]]) -> None:
-    missing = [key for key, candidates in wanted.items() if not candidates]
-    if missing:
-        looked_for = "; ".join(f"{_what(key)} ({EXPECTED[layout][key]})" for key in missing)
-        reason = f"missing, by the names of the {layout} layout: {looked_for}; the folder holds {shorten(files)}"
-        raise SubjectError(name, folder, reason, "Add the file, or rename it so that its name says what it is")
-
-
-def _none_twice(name: str, folder: str, wanted: dict[str, list[str]]) -> None:
-    for key, candidates in wanted.items():
-        if len(candidates) > 1:
-            reason = f"{len(candidates)} files could be the {_what(key)}: {shorten(candidates)}"
-            raise SubjectError(name, folder, reason, "Keep one of them in the folder: one folder per subject")
-
-
-def _one_case(name: str, folder: str, files: list[str], layout: str) -> None:
-    cases = {case_of(file, layout) for file in files}
-    if len(cases) > 1:
-        reason = f"the files belong to different cases: {shorten(files)}"
-        raise SubjectError(name, folder, reason, "Keep the files of one case in a folder")
 
 
 PathLike = str | os.PathLike
@@ -309,7 +294,13 @@ def find_subjects(
     for root in dataset_roots(dataset_dir):
         found, left_out = subjects_from_names(_list_names(root), layout, palette, require_label, str(root))
         if not found and not left_out:
-            raise UserError(_nothing_found(root, layout))
+            layouts = EXPECTED if layout == "auto" else [layout]
+            looked_for = "; ".join(f"{one}: {', '.join(EXPECTED[one].values())}" for one in layouts)
+            held = shorten(entry.name for entry in _visible(root))
+            raise UserError(
+                f"no subject in {root}: looked for subfolders, or files (.nii or .nii.gz) in it, named as {looked_for}"
+                f". The folder holds {held}."
+            )
         subjects += found
         exclusions += left_out
     reject_namesakes(subjects)
@@ -411,12 +402,3 @@ def _list_names(root: Path) -> list[str]:
 def _visible(folder: PathLike) -> list[os.DirEntry]:
     with os.scandir(folder) as entries:
         return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-
-
-def _nothing_found(root: Path, layout: str) -> str:
-    layouts = EXPECTED if layout == "auto" else [layout]
-    looked_for = "; ".join(f"{name}: {', '.join(EXPECTED[name].values())}" for name in layouts)
-    return (
-        f"no subject in {root}: looked for subfolders, or files (.nii or .nii.gz) in it, named as {looked_for}. "
-        f"The folder holds {shorten(entry.name for entry in _visible(root))}."
-    )

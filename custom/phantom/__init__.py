@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .dataset import write_cohort, write_phantom
-from .simulate import simulate
+from .dataset import simulate, write_cohort, write_phantom
 
 __all__ = ["simulate", "write_cohort", "write_phantom"]

@@ -1,4 +1,4 @@
-"""Subjects on disk, laid out as UTSW-Glioma lays out its own."""
+"""Simulated subjects: four images and a label map on a chosen grid, in memory or laid out as UTSW-Glioma's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from ..files import UserError, whole_file
-from .simulate import simulate
+from .anatomy import BRAIN_BOX_MM, Brain, Glioma, Lesion, SmoothField, Tissues
 
 SHAPE = (120, 120, 80)
 SPACING = (2.0, 2.0, 2.0)
@@ -170,3 +170,130 @@ def _write(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
     image.header.set_xyzt_units("mm")
     with whole_file(path) as partial:
         nib.save(image, partial)
+
+
+def simulate(
+    shape: Sequence[int], spacing: Sequence[float], seed: int, enhancing: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Simulates one glioma subject on a grid with axes to the Right, Anterior and Superior.
+
+    The anatomy is a function of `seed` and of position in mm relative to the middle of the grid; the grid only samples
+    it. Where the field of view is smaller than the brain (152 x 187 x 151 mm with margins), the whole brain shrinks
+    with it. Below about 24 voxels a side a rim may be too thin to be labelled.
+
+    Args:
+        shape: voxels along R, A, S.
+        spacing: voxel size in mm along R, A, S.
+        seed: the same seed gives the same bytes.
+        enhancing: with an enhancing rim; otherwise the label map has no ET.
+
+    Returns:
+        Images, float32 [4, *shape] in the order T1n, T1c, T2w, T2-FLAIR, non-negative and exactly 0 outside the brain;
+        and the label map, uint8 [*shape], palette "brats2021" (1 core, 2 oedema, 4 enhancing tumour).
+
+    Raises:
+        ValueError: shape or spacing is not three positive numbers, or the grid is less than 12 voxels wide.
+    """
+    shape, spacing = _checked(shape, spacing)
+    anatomy_rng, signal_rng, noise_rng = np.random.default_rng(seed).spawn(3)
+    brain = Brain(anatomy_rng)
+    glioma = Glioma(anatomy_rng, brain, enhancing)
+    index, points, scale = _grid_points(shape, spacing)
+    hull = brain.hull(points)
+    kept = hull < 0
+    index, points, hull = tuple(i[kept] for i in index), points[:, kept], hull[kept]
+
+    voxel = float(np.prod(spacing)) ** (1 / 3) / scale
+    tissues = brain.tissues(points, glioma.before_growth(points), voxel)
+    lesion = _one_piece(glioma.compartments(points, tissues, hull, voxel), index, shape)
+    clean = intensities(signal_rng, points, tissues, lesion)
+    images = np.zeros((4, *shape), np.float32)
+    images[(slice(None), *index)] = rician(noise_rng, clean, float(signal_rng.uniform(0.008, 0.02)))
+    return images, _scatter(_labels(lesion), index, shape)
+
+
+def _checked(shape: Sequence[int], spacing: Sequence[float]) -> tuple[tuple[int, ...], np.ndarray]:
+    if len(shape) != 3 or len(spacing) != 3 or min(shape) < 1 or min(spacing) <= 0:
+        raise UserError(f"shape and spacing must each be three positive numbers, got {shape} and {spacing}")
+    if (extent := np.asarray(shape) * spacing).min() / max(spacing) < 12:
+        raise UserError(f"a field of view of {extent} mm is too small for voxels of {max(spacing)} mm: use more voxels")
+    return tuple(int(n) for n in shape), np.asarray(spacing, np.float64)
+
+
+def _grid_points(shape: tuple[int, ...], spacing: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray, float]:
+    """Indices and positions (brain frame, mm) of voxels in the brain's box; and the scale of the brain, at most 1."""
+    low, high = (np.array(corner) for corner in BRAIN_BOX_MM)
+    scale = min(1.0, float(np.min((np.array(shape) - 2) * spacing / (high - low))))
+    axes = []
+    for n, step, first, last in zip(shape, spacing, low, high, strict=True):
+        position = (np.arange(n) - (n - 1) / 2) * step / scale + (first + last) / 2
+        axes.append(np.flatnonzero((position > first) & (position < last)))
+    index = tuple(axis.ravel() for axis in np.meshgrid(*axes, indexing="ij"))
+    middle = (low + high) / 2
+    points = [(i - (n - 1) / 2) * s / scale + m for i, n, s, m in zip(index, shape, spacing, middle, strict=True)]
+    return index, np.stack(points).astype(np.float32), scale
+
+
+def _labels(lesion: Lesion) -> np.ndarray:
+    tumour_core = lesion.core + lesion.enhancing
+    within_core = np.where(lesion.enhancing > lesion.core, 4, 1)
+    tumour = np.where(tumour_core > lesion.oedema, within_core, 2)
+    return np.where(tumour_core + lesion.oedema > 0.5, tumour, 0).astype(np.uint8)
+
+
+def _one_piece(lesion: Lesion, index: tuple[np.ndarray, ...], shape: tuple[int, ...]) -> Lesion:
+    """Drops islands more than two voxels away from the largest component."""
+    components, count = ndimage.label(_scatter(_labels(lesion), index, shape), np.ones((3, 3, 3)))
+    if count < 2:
+        return lesion
+    largest = components == 1 + np.bincount(components.ravel())[1:].argmax()
+    near = ndimage.binary_dilation(largest, iterations=2)[index]
+    return Lesion(*(share * near for share in (lesion.core, lesion.oedema, lesion.enhancing)))
+
+
+def _scatter(values: np.ndarray, index: tuple[np.ndarray, ...], shape: tuple[int, ...]) -> np.ndarray:
+    volume = np.zeros(shape, values.dtype)
+    volume[index] = values
+    return volume
+
+
+#         T1n   T1c   T2w  T2-FLAIR
+CONTRAST = {
+    "csf": (0.30, 0.27, 1.05, 0.16),
+    "grey": (0.66, 0.58, 0.54, 0.52),
+    "white": (0.88, 0.72, 0.40, 0.42),
+    "vessel": (0.55, 1.30, 0.25, 0.25),
+    "core": (0.46, 0.42, 0.95, 0.70),
+    "oedema": (0.64, 0.55, 0.78, 0.95),
+    "enhancing": (0.66, 1.45, 0.70, 0.76),
+}
+TEXTURE = {"csf": 0.02, "grey": 0.025, "white": 0.02, "vessel": 0, "core": 0.09, "oedema": 0.05, "enhancing": 0.14}
+
+
+def intensities(rng: np.random.Generator, points: np.ndarray, tissues: Tissues, lesion: Lesion) -> np.ndarray:
+    """Noise-free intensities [4, n] at `points` [3, n] mm: T1n, T1c, T2w, T2-FLAIR; white matter lies at 0.4 to 0.9."""
+    texture = SmoothField(rng, 7)(points)
+    healthy = (1 - lesion.core - lesion.oedema - lesion.enhancing) * (1 - tissues.vessel)
+    shares = {
+        "csf": healthy * tissues.csf,
+        "grey": healthy * tissues.grey,
+        "white": healthy * tissues.white,
+        "vessel": tissues.vessel * (1 - lesion.core - lesion.oedema - lesion.enhancing),
+        **vars(lesion),
+    }
+    images = np.zeros((4, points.shape[1]), np.float32)
+    for tissue, share in shares.items():
+        contrast = np.array(CONTRAST[tissue]) * rng.uniform(0.95, 1.05, 4)
+        images += contrast[:, None].astype(np.float32) * (share * (1 + TEXTURE[tissue] * texture))
+    return images * _bias(rng, points)
+
+
+def rician(rng: np.random.Generator, images: np.ndarray, level: float) -> np.ndarray:
+    """Magnitude of `images` with complex Gaussian noise of standard deviation `level` added, same shape."""
+    noise = rng.standard_normal((2, *images.shape), dtype=np.float32) * np.float32(level)
+    return np.hypot(images + noise[0], noise[1])
+
+
+def _bias(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
+    strength = rng.uniform(0.03, 0.09, 4)
+    return np.stack([np.exp(s * SmoothField(rng, 110)(points)) for s in strength.astype(np.float32)])
