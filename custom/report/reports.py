@@ -165,7 +165,7 @@ def write_scores_report(
         path,
         "scores.html",
         title=title,
-        notes=[weights_line(weights_note)],
+        notes=[weights_line(weights_note), selection_line(scores)],
         facts={"subjects": len(subjects), "folds": len(folds), "models": len(models_of(scores))},
         dice_heading="Dice",
         figures=_charts(scores),
@@ -180,7 +180,7 @@ def write_scores_report(
             for name in shown
         ],
         settings=dict(settings or {}),
-        **_dice_tables(scores, dataset),
+        dice=_dice_tables(scores, dataset),
         **dict.fromkeys(("not_scored", "differences", "others"), NO_ROWS),
         forest=None,
         choices={},
@@ -239,6 +239,7 @@ def write_crossval_report(
         notes=[
             small_run_line(len(run.subjects)),
             *(f"{', '.join(models)}. {weights_line(note)}" for note, models in by_note.items()),
+            selection_line(scores),
         ],
         facts={
             "subjects": len(run.subjects),
@@ -263,7 +264,7 @@ def write_crossval_report(
         else "",
         gallery=[_case(run, name) for name in shown],
         settings={name: run.datalist[name] for name in (*named, "comnet_version") if name in run.datalist},
-        **_dice_tables(scores, dataset),
+        dice=_dice_tables(scores, dataset),
     )
     return page
 
@@ -297,9 +298,8 @@ def _warnings(row: Mapping[str, Any]) -> list[str]:
     return [one for one in ([warnings] if isinstance(warnings, str) else map(str, warnings)) if one]
 
 
-def _dice_tables(scores: Scores, dataset: str) -> dict[str, Any]:
-    dice = [table2(scores, convention, dataset) for convention in CONVENTIONS if is_known(scores, convention)]
-    return {"dice": dice, "selection": selection_line(scores)}
+def _dice_tables(scores: Scores, dataset: str) -> list[Table]:
+    return [table2(scores, convention, dataset) for convention in CONVENTIONS if is_known(scores, convention)]
 
 
 def _dice_cells(score: Mapping[str, Any]) -> list[str]:
