@@ -9,14 +9,18 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fire.parser import DefaultParseValue
 
 from .files import FileError, UserError, write_text
+
+if TYPE_CHECKING:
+    from .weights import Weights
 
 FAULT_LOG = "comnet-error.log"
 
@@ -55,7 +59,7 @@ def run_bundle(name: str, *configs: str | Path, run_id: str = "run", **overrides
     warnings.filterwarnings("ignore", message="parsing config_file", category=UserWarning)  # our own configs
 
     files = [str(file) for file in config_files(name, configs)]
-    _refuse_unknown(overrides, files)
+    refuse_unknown(overrides, files)
     print(bundle_command(name, *configs, run_id=run_id, **overrides), file=sys.stderr, flush=True)
     values = {key: config_value(value) for key, value in overrides.items()}
     root = config_value(bundle_root(name))
@@ -70,6 +74,29 @@ def bundle_command(name: str, *configs: str | Path, run_id: str = "run", **overr
     for key, value in ({"bundle_root": bundle_root(name)} | overrides).items():
         words += [f"--{key}", str(config_value(Path(os.path.relpath(value)) if isinstance(value, Path) else value))]
     return " ".join(map(_quoted, words))
+
+
+def ensemble_settings(weights: Weights, device: str | None = None) -> dict[str, Any]:
+    """Return the values of comnet_ensemble's inference.json that follow from weights and device.
+
+    Raises:
+        CheckpointError: there are no weights, they cannot be read, or they name a network that is none of CoMNeT's.
+        UserError: there is no such device.
+    """
+    settings = weights.settings
+    if "corrector" not in settings:  # MONAI drops an override of None
+        settings |= {"corrector": "$None", "network_def#corrector": "$None", "batch#model": "MedNeXt ensemble"}
+    if device:
+        import torch
+
+        try:
+            kind = torch.device(device).type
+        except RuntimeError as error:
+            raise UserError(f"no device {device!r}: give cpu, cuda or cuda:1") from error
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"--device {device}: PyTorch sees no GPU here; use --device cpu")
+        settings["device"] = f"$torch.device('{device}')"
+    return settings
 
 
 def config_value(value: Any) -> Any:
@@ -96,12 +123,29 @@ def _quoted(word: str) -> str:
     return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else quoted
 
 
-def known_reason(error: BaseException) -> str | None:
-    """Find what to tell the user in an error or what caused it; ``None`` if that is a fault of ours."""
+def known_error(error: BaseException) -> UserError | None:
+    """Find what is meant for users in an error or what caused it; ``None`` if it is a fault of ours."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, UserError):
         found = found.__cause__
-    return None if found is None else str(found)
+    return found
+
+
+def known_reason(error: BaseException) -> str | None:
+    """Return the message of `known_error`."""
+    known = known_error(error)
+    return None if known is None else str(known)
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Raise an error that is meant for users as it is, not as MONAI wraps it."""
+    try:
+        yield
+    except Exception as error:
+        if (known := known_error(error)) is None or known is error:
+            raise
+        raise known from None
 
 
 def log_fault(error: BaseException, folder: str | Path) -> str:
@@ -117,7 +161,8 @@ def log_fault(error: BaseException, folder: str | Path) -> str:
     return f"{what}\n{story}"
 
 
-def _refuse_unknown(overrides: Mapping[str, Any], files: Sequence[str]) -> None:
+def refuse_unknown(overrides: Mapping[str, Any], files: Sequence[str]) -> None:
+    """Refuse values that no config knows, which MONAI would take in silence."""
     known = {key.split("#")[0] for file in files for key in json.loads(Path(file).read_text(encoding="utf-8"))}
     unknown = [key for key in overrides if key.split("#")[0] not in known]
     if unknown:

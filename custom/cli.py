@@ -11,11 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bundle_run import bundle_root, known_reason, log_fault, run_bundle
+from .bundle_run import bundle_root, ensemble_settings, known_reason, log_fault, run_bundle
 from .files import UserError
 
 if TYPE_CHECKING:
-    from .weights import Weights
+    pass
 
 
 def segment(
@@ -64,10 +64,8 @@ def segment(
 
     there = _path(weights) if weights else bundle_root("comnet_ensemble") / "models"
     found = Weights(there)  # kept, so that each file is read once
-    settings = ensemble_settings(found)
-    if device:
-        _check_device(device)
-        settings["device"] = f"$torch.device('{device}')"
+    settings = ensemble_settings(found, device)
+    print(f"weights: {found.note}", file=sys.stderr)
     if sliding_window:
         settings["inferer"] = "@sliding_window"
     run_bundle(
@@ -82,26 +80,6 @@ def segment(
         write_pictures=pictures,
         **(settings | {key: _override(key, value) for key, value in overrides.items()}),
     )
-
-
-def ensemble_settings(weights: Weights) -> dict[str, Any]:
-    """Return which backbone, corrector, spacing and patch size the weights were made with.
-
-    Raises:
-        CheckpointError: there are none, they cannot be read, or they name a network that is none of CoMNeT's.
-    """
-    settings = weights.settings
-    if "corrector" not in settings:  # MONAI drops an override of None
-        settings |= {"corrector": "$None", "network_def#corrector": "$None", "batch#model": "MedNeXt ensemble"}
-    print(f"weights: {weights.note}", file=sys.stderr)
-    return settings
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: PyTorch sees no GPU here; use --device cpu")
 
 
 def _path(name: str | Path) -> Path:

@@ -16,9 +16,8 @@ import numpy as np
 from ignite.engine import Engine, Events
 
 from .. import __version__
-from ..cohort import REGIONS
 from ..files import write_table
-from ..inference import SUBJECT_KEY
+from ..inference import SUBJECT_KEY, told_warnings, volumes_ml
 from ..transforms import label_map_to_regions
 from ..weights import CheckpointError, Weights
 from .records import Item, Record, Records, input_files, stamps
@@ -171,12 +170,8 @@ class Batch:
             self.items[name] = {"subject": name, "image": output["image"].meta["filename_or_obj"]}
         label_map, palette = output["pred"], self.settings["output_palette"]
         spacing = np.asarray(label_map.pixdim, dtype=float)
-        voxels = label_map_to_regions(label_map.cpu(), palette).sum(dim=(1, 2, 3))
-        volumes = {region: int(n) * float(np.prod(spacing)) / 1000 for region, n in zip(REGIONS, voxels, strict=True)}
-        small = output.get("erased", ())
-        erased = [f"{region} had only components smaller than min_volume_mm3 and is empty" for region in small]
-        empty = [] if volumes["WT"] or "WT" in small else ["no tumour found"]
-        record = self._record(name, "done", [*warnings, *erased, *empty])
+        volumes = volumes_ml(label_map, palette)
+        record = self._record(name, "done", [*warnings, *told_warnings(output.get("erased", ()), volumes)])
         record |= {"key": self._key(name), "files": stamps(self.items[name]), "volumes_ml": volumes}
         if output.get("label") is not None:
             from ..metrics import PAPER, calibration_columns, score_subject

@@ -17,6 +17,8 @@ from .postprocess import (
     nest_regions,
     regions_to_label_map,
     remove_small_components,
+    told_warnings,
+    volumes_ml,
 )
 from .writer import NativeGridWriter, SaveSubjectd
 
@@ -37,4 +39,6 @@ __all__ = [
     "nest_regions",
     "regions_to_label_map",
     "remove_small_components",
+    "told_warnings",
+    "volumes_ml",
 ]

@@ -23,6 +23,7 @@ from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 from scipy import ndimage
 
 from ..cohort import REGIONS, palette_values
+from ..transforms import label_map_to_regions
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,19 @@ def regions_to_label_map(regions: np.ndarray, palette: str = "brats2023") -> np.
     for mask, label in zip(regions[::-1], ("oedema", "core", "enhancing"), strict=True):
         np.copyto(label_map, values[label], where=mask)
     return label_map
+
+
+def volumes_ml(label_map: MetaTensor, palette: str = "brats2023") -> dict[str, float]:
+    """Return the volumes of ET, TC and WT in ml of a label map ``[1, X, Y, Z]`` with its affine."""
+    voxels = label_map_to_regions(label_map.cpu(), palette).sum(dim=(1, 2, 3))
+    voxel_ml = float(np.prod(np.asarray(label_map.pixdim, dtype=float))) / 1000
+    return {region: int(count) * voxel_ml for region, count in zip(REGIONS, voxels, strict=True)}
+
+
+def told_warnings(erased: Sequence[str], volumes: Mapping[str, float]) -> list[str]:
+    """Say what a user must know of a result: regions that are empty since they were small, or no tumour at all."""
+    told = [f"{region} had only components smaller than min_volume_mm3 and is empty" for region in erased]
+    return told if volumes["WT"] or "WT" in erased else [*told, "no tumour found"]
 
 
 class PostprocessRegions(Transform):

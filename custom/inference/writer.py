@@ -77,20 +77,26 @@ class NativeGridWriter(NibabelWriter):
             FileError: the file cannot be written. Neither it nor a part of it is left behind.
         """
         ImageWriter.write(self, filename, verbose=verbose)
+        write_whole(self.image(), Path(filename))
+
+    def image(self) -> nib.Nifti1Image:
+        """Return the array with the metadata as an image in memory.
+
+        Raises:
+            ValueError: the array is not on the grid of the source file, or a label does not fit uint8.
+        """
         array = _cast(convert_to_numpy(self.data_obj), np.dtype(self.output_dtype))
         affine = np.eye(4) if self.affine is None else convert_to_numpy(self.affine)
         header = _read_header(self.source)
         if header is None:
-            warnings.warn(
-                f"{filename}: no NIfTI source at {self.source}; using the affine of the metadata", stacklevel=2
-            )
+            warnings.warn(f"no NIfTI source at {self.source}; using the affine of the metadata", stacklevel=2)
             image = _image_at(array, affine)
         else:
             _check_grid(array.shape, affine, header, self.source)
             image = image_like(array, header)
         image.header["descrip"] = MARK + f" {__version__}".encode()
         image.header.set_intent("label" if array.dtype == np.uint8 else "none")
-        write_whole(image, Path(filename))
+        return image
 
 
 class SubjectLayout(FolderLayoutBase):
