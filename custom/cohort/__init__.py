@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .checks import Scan, check_subject, read_scan
+from .checks import Scan, check_subject, read_scan, zero_background
 from .cohort import Cohort
 from .datalist import assign_folds, build_datalist, exclusions_file, load_datalist, write_datalist
 from .layouts import LAYOUTS, find_subjects, subject_from_files, subjects_from_names
@@ -30,4 +30,5 @@ __all__ = [
     "subject_from_files",
     "subjects_from_names",
     "write_datalist",
+    "zero_background",
 ]

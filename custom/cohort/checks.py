@@ -158,7 +158,8 @@ def _check_different_files(subject: str, files: Mapping[str, str]) -> None:
 
 
 def _check_values(image: Volume) -> None:
-    _clear_outside(image)
+    image.voxels, background = zero_background(image.voxels)
+    image.warnings += [f"the background is not 0 but {background}: taken as 0"] if background else []
     image.check_finite()
     low, high = float(image.voxels.min()), float(image.voxels.max())
     if low == high:
@@ -170,44 +171,48 @@ def _check_values(image: Volume) -> None:
             held = ", ".join(f"{value:g}" for value in values)
             reason = f"the {image.what} image holds only the values {held}, as a mask does"
             raise image.error(reason, "Check whether image and mask were swapped, or misnamed")
-    if _clear_background(image, low, high):
-        low, high = float(image.voxels.min()), float(image.voxels.max())
     if not MAGNITUDES[0] < max(abs(low), abs(high)) < MAGNITUDES[1]:
         reason = f"the values of the {image.what} image run from {low:g} to {high:g}: no single precision can hold this"
         raise image.error(reason, "Look for damaged voxels, or rescale the image")
-    if (background := 1 - np.count_nonzero(image.voxels) / image.voxels.size) < LEAST_BACKGROUND:
-        share = f"only {100 * background:.1f} % of voxels are 0"
-        image.warnings.append(f"{share}, so the skull is probably not stripped")
+    if (share := 1 - np.count_nonzero(image.voxels) / image.voxels.size) < LEAST_BACKGROUND:
+        image.warnings.append(f"only {100 * share:.1f} % of voxels are 0, so the skull is probably not stripped")
+
+
+def zero_background(voxels: np.ndarray) -> tuple[np.ndarray, str]:
+    """Set the background to 0 where it is something else: NaN or infinity, one value, or slight noise around one.
+
+    The background is what most of the border holds. NaN counts only where it hangs together with the border; voxels of
+    0 in the brain stay foreground.
+
+    Args:
+        voxels: [x, y, z].
+
+    Returns:
+        The voxels, unchanged where the background is 0 or none can be told, and what it was, in words, or nothing.
+    """
+    was = ""
+    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
+        bad = ~np.isfinite(voxels)
+        if _border(bad).mean() >= 0.5:
+            parts, _ = ndimage.label(bad)
+            voxels, was = np.where(np.isin(parts, np.setdiff1d(_border(parts), 0)), 0, voxels), "NaN or infinite"
+        if was == "" or not np.isfinite(voxels).all():
+            return voxels, was
+    low, high = float(voxels.min()), float(voxels.max())
+    border = _border(voxels).astype(np.float64)
+    value = float(np.median(border))
+    apart = np.abs(border - value)
+    noise = 0.0 if np.mean(apart == 0) >= 0.5 else 8 * float(np.quantile(apart, 0.75))
+    if low == high or value == noise == 0 or noise > MOST_NOISE * max(high - value, value - low):
+        return voxels, was
+    background = np.abs(voxels - value) <= noise if noise else voxels == value
+    inside = np.where(voxels == 0, MOST_NOISE * (high - low), voxels) if value else voxels
+    return np.where(background, 0, inside), f"noise around {value:.2g}" if noise else f"{value:.4g}"
 
 
 def _border(voxels: np.ndarray) -> np.ndarray:
     """The voxels of the six faces, [n]."""
     return np.concatenate([np.moveaxis(voxels, axis, 0)[end].ravel() for axis in range(3) for end in (0, -1)])
-
-
-def _clear_outside(image: Volume) -> None:
-    """Set NaN or infinity to 0 where it is the background: on most of the border, and what hangs together with that."""
-    if image.voxels.dtype.kind != "f" or (bad := ~np.isfinite(image.voxels)).sum() == 0 or _border(bad).mean() < 0.5:
-        return
-    parts, _ = ndimage.label(bad)
-    image.voxels = np.where(np.isin(parts, np.setdiff1d(_border(parts), 0)), 0, image.voxels)
-    image.warnings.append("the background is not 0 but NaN or infinite: taken as 0")
-
-
-def _clear_background(image: Volume, low: float, high: float) -> bool:
-    """Set a background of one value, or of slight noise around one, to 0; voxels of 0 in the brain stay foreground."""
-    border = _border(image.voxels).astype(np.float64)
-    value = float(np.median(border))
-    apart = np.abs(border - value)
-    noise = 0.0 if np.mean(apart == 0) >= 0.5 else 8 * float(np.quantile(apart, 0.75))
-    if (value == 0 and noise == 0) or noise > MOST_NOISE * max(high - value, value - low):
-        return False
-    background = np.abs(image.voxels - value) <= noise if noise else image.voxels == value
-    inside = np.where(image.voxels == 0, MOST_NOISE * (high - low), image.voxels)
-    image.voxels = np.where(background, 0, inside if value else image.voxels)
-    around = f"noise around {value:.2g}" if noise else f"{value:.4g}"
-    image.warnings.append(f"the background is not 0 but {around}: taken as 0")
-    return True
 
 
 def _check_size(image: Volume) -> None:

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.processing import resample_from_to
 
-from ..cohort import MODALITIES, PALETTES, REGION_TISSUES, REGIONS
+from ..cohort import MODALITIES, PALETTES, REGION_TISSUES, REGIONS, zero_background
 from ..files import whole_file
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ def _load(
         files = nib.four_to_three(files[0])
     if len(files) != len(MODALITIES):
         raise ValueError(f"expected 4 modalities {MODALITIES}, got {len(files)} from {list(image_paths)}")
-    images = [_load_on_grid(image, target, order=1) for image in files]
+    images = [zero_background(_load_on_grid(image, target, order=1))[0] for image in files]
     spacing = [float(size) for size in target.header.get_zooms()[:3]]
     return images, np.asarray(target.dataobj).squeeze(), spacing, reference
 

@@ -45,6 +45,17 @@ class TestQcPicture:
         write_qc_picture(tmp_path / "b.png", images, label)
         np.testing.assert_array_equal(_pixels(tmp_path / "a.png"), _pixels(tmp_path / "b.png"))
 
+    @pytest.mark.parametrize("background", [np.nan, -1000.0])
+    def test_a_background_that_is_not_zero_changes_nothing(self, tmp_path, files, background):
+        images, label = files
+        write_qc_picture(tmp_path / "zero.png", images, label)
+        for path in images:
+            image = nib.load(path)
+            voxels = np.where(np.asarray(image.dataobj) == 0, background, np.asarray(image.dataobj))
+            nib.Nifti1Image(voxels.astype(np.float32), image.affine).to_filename(path)
+        write_qc_picture(tmp_path / "other.png", images, label)
+        np.testing.assert_array_equal(_pixels(tmp_path / "other.png"), _pixels(tmp_path / "zero.png"))
+
     def test_missing_modality_is_refused(self, tmp_path, files):
         with pytest.raises(ValueError, match="expected 4 modalities"):
             write_qc_picture(tmp_path / "a.png", files[0][:3], files[1])
