@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
@@ -101,7 +101,7 @@ def qc_figure(
     images: Sequence[np.ndarray] | np.ndarray,
     label_map: np.ndarray,
     spacing: Sequence[float],
-    title: str,
+    title: str = "",
     subtitle: str = "",
     regions: Sequence[str] = REGIONS,
     reference: np.ndarray | None = None,
@@ -167,7 +167,7 @@ def truth_figure(
     label_map: np.ndarray,
     reference: np.ndarray,
     spacing: Sequence[float],
-    title: str,
+    title: str = "",
     subtitle: str = "",
     weights_note: str = "",
     palette: str = "brats2023",
@@ -201,13 +201,10 @@ def write_qc_picture(
     path: PathLike,
     image_paths: Sequence[PathLike],
     label_map_path: PathLike,
-    title: str = "",
-    subtitle: str = "",
-    weights_note: str = "",
     palette: str = "brats2023",
     reference_path: PathLike | None = None,
     reference_palette: str = "brats2021",
-    warning: str = "",
+    **texts: str,
 ) -> None:
     """Writes `qc_figure` of NIfTI files as a PNG of 1200 x 850 pixels, whole or not at all.
 
@@ -216,23 +213,17 @@ def write_qc_picture(
         image_paths: four files in the order of `MODALITIES`, or one file with four channels; where an image has another
             grid than the label map, it is resampled to that of the label map for the picture.
         label_map_path: label map in `palette`.
-        title: first line of the picture.
-        subtitle: second line of the picture.
-        weights_note: what the reader must know about the weights.
         palette: key of `PALETTES` for the label map.
         reference_path: ground truth, drawn dashed.
         reference_palette: key of `PALETTES` for the ground truth.
-        warning: what the reader must know about this mask.
+        texts: `title`, `subtitle`, `weights_note` and `warning` of `qc_figure`.
 
     Raises:
         ValueError: there are not four modalities.
         OSError: a file cannot be read, or the picture cannot be written.
     """
-    images, label_map, spacing, reference = _load(
-        image_paths, label_map_path, palette, reference_path, reference_palette
-    )
-    texts = {"title": title, "subtitle": subtitle, "weights_note": weights_note, "warning": warning}
-    _save(qc_figure(images, label_map, spacing, reference=reference, palette=palette, **texts), path)
+    scan = _load(image_paths, label_map_path, palette, reference_path, reference_palette)
+    save_figure(path, qc_figure(**scan, palette=palette, **texts))
 
 
 def write_truth_picture(
@@ -240,18 +231,19 @@ def write_truth_picture(
     image_paths: Sequence[PathLike],
     label_map_path: PathLike,
     reference_path: PathLike,
-    title: str = "",
-    subtitle: str = "",
-    weights_note: str = "",
     palette: str = "brats2023",
     reference_palette: str = "brats2021",
+    **texts: str,
 ) -> None:
     """Writes `truth_figure` of NIfTI files (paper, Figure 2); arguments and errors as of `write_qc_picture`."""
-    images, label_map, spacing, reference = _load(
-        image_paths, label_map_path, palette, reference_path, reference_palette
-    )
-    assert reference is not None
-    _save(truth_figure(images, label_map, reference, spacing, title, subtitle, weights_note, palette), path)
+    scan = _load(image_paths, label_map_path, palette, reference_path, reference_palette)
+    save_figure(path, truth_figure(**scan, palette=palette, **texts))
+
+
+def save_figure(path: PathLike, figure: Figure) -> None:
+    """Writes a figure as PNG at its own size and colour, whole or not at all."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", facecolor="auto")
 
 
 def _load(
@@ -260,8 +252,8 @@ def _load(
     palette: str,
     reference_path: PathLike | None,
     reference_palette: str,
-) -> tuple[list[np.ndarray], np.ndarray, list[float], np.ndarray | None]:
-    """Images, label map, spacing and reference in the label map's palette; axes to the Right, Anterior, Superior."""
+) -> dict[str, Any]:
+    """Images, label map, reference in its palette (or None) and spacing; axes to the Right, Anterior and Superior."""
     target = nib.as_closest_canonical(nib.load(label_map_path))
     reference = None
     if reference_path is not None:
@@ -275,7 +267,8 @@ def _load(
         raise ValueError(f"expected 4 modalities {MODALITIES}, got {len(files)} from {list(image_paths)}")
     images = [zero_background(_load_on_grid(image, target, order=1))[0] for image in files]
     spacing = [float(size) for size in target.header.get_zooms()[:3]]
-    return images, np.asarray(target.dataobj).squeeze(), spacing, reference
+    label_map = np.asarray(target.dataobj).squeeze()
+    return {"images": images, "label_map": label_map, "reference": reference, "spacing": spacing}
 
 
 def _load_on_grid(image: nib.spatialimages.SpatialImage, target: nib.Nifti1Image, order: int) -> np.ndarray:
@@ -284,11 +277,6 @@ def _load_on_grid(image: nib.spatialimages.SpatialImage, target: nib.Nifti1Image
     if image.shape != grid[0] or not np.allclose(image.affine, grid[1], atol=1e-3):
         image = resample_from_to(image, grid, order=order)
     return np.asarray(image.dataobj, dtype=np.float32)
-
-
-def _save(figure: Figure, path: PathLike) -> None:
-    with whole_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=100, facecolor=BACKGROUND)
 
 
 def _check_shapes(title: str, images: Sequence[np.ndarray] | np.ndarray, label_maps: Sequence[np.ndarray]) -> None:

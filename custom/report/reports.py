@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..cohort import REGIONS, Exclusion, load_datalist
 from ..cohort.datalist import dataset_of
-from ..files import whole_file, write_table
+from ..files import write_table
 from .charts import dice_bars, fold_strip, forest_plot, has_several_folds
 from .pages import Cell, Picture, Table, picture, weights_line, write_page
-from .pictures import REGION_NAMES, write_truth_picture
+from .pictures import REGION_NAMES, save_figure, write_truth_picture
 from .runs import (
     MEDIAN_RULE,
     ORDER_RULE,
@@ -345,8 +345,7 @@ def _charts(scores: Scores, folder: Path | None = None) -> list[Picture]:
 
 def _chart(folder: Path | None, name: str, figure: Figure, alt: str, caption: str) -> Picture:
     if folder is not None:
-        with whole_file(folder / name) as temporary:
-            figure.savefig(temporary, format="png")
+        save_figure(folder / name, figure)
     return picture(figure, alt, caption)
 
 
