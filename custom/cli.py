@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +161,9 @@ def crossval(
     dataset_dir: str | None = None,
     num_folds: int | None = None,
     seed: int = 0,
+    selection: str | None = None,
     dry_run: bool = False,
+    snakefile: str | None = None,
 ) -> None:
     """Cross-validate SegResNet, MedNeXt and CoMNeT: train and score each fold, tune the ensemble, write the report.
 
@@ -178,40 +180,29 @@ def crossval(
         dataset_dir: where the dataset is, if the datalist does not know or it was moved.
         num_folds: folds to deal a dataset folder into, by default 5; a datalist has its own.
         seed: seed of everything.
-        dry_run: print the commands and write them to OUTPUT_DIR/commands, for a cluster's own scheduler.
+        selection: which epoch's weights a training keeps: "paper" (the best on the held-out fold, by which it is scored
+            too, so all models by the same rule too well), "inner" (the best on a split of the training subjects) or
+            "last"; by default what the configs say: paper.
+        dry_run: only print the commands.
+        snakefile: only write this Snakefile, with which Snakemake runs the same on a cluster (or here).
     """
-    from .crossval.execute import execute, write_commands
+    from .crossval.inputs import prepare_subjects
     from .crossval.plan import choose_models, make_plan
-    from .crossval.subjects import prepare_subjects
+    from .crossval.runner import run_plan
+    from .crossval.snakefile import write_snakefile
 
     chosen = choose_models(_listed(models))
-    datalist_file = datalist_of(str(datalist), Path(output_dir), num_folds, seed)
-    subjects = prepare_subjects(datalist_file, output_dir, dataset_dir, num_folds)
-    stages = make_plan(output_dir, subjects, chosen, _listed(config), seed)
-    if dry_run:
-        for file, stage in zip(write_commands(stages, output_dir), stages, strict=True):
-            print(f"# {stage.name}: {file}", *(job.command() for job in stage.jobs), sep="\n")
-        return
-    execute(stages, output_dir, jobs)
-    tell_results(Path(output_dir))
-
-
-def datalist_of(source: str, run_dir: Path, num_folds: int | None, seed: int) -> Path:
-    """Return the datalist; for a dataset folder that of the run, made now unless it is there.
-
-    Raises:
-        ValueError: the run's datalist is that of another folder.
-    """
-    if not Path(source).is_dir():
-        return Path(source)
-    from .cohort.datalist import dataset_of
-
-    datalist = run_dir / "datalist.json"
-    if not datalist.exists():
-        validate(source, str(datalist), num_folds=num_folds or 5, seed=seed)
-    elif dataset_of(datalist) != Path(source).resolve():
-        raise UserError(f"{run_dir} was made for the dataset {dataset_of(datalist)}: name another --output_dir")
-    return datalist
+    subjects = prepare_subjects(str(datalist), output_dir, dataset_dir, num_folds, seed)
+    plan = make_plan(output_dir, subjects, chosen, _listed(config), seed, selection=selection)
+    if snakefile:
+        write_snakefile(plan, snakefile)
+        print(f"snakemake --snakefile {snakefile} --cores all")
+    elif dry_run:
+        for stage, parts in groupby(plan, lambda job: job.stage):
+            print(f"# {stage}", *(job.command() for job in parts), sep="\n")
+    else:
+        run_plan(plan, output_dir, jobs)
+        tell_results(Path(output_dir))
 
 
 def _listed(names: str | Sequence[str] | None) -> list[str]:
@@ -292,20 +283,7 @@ def pack(output_dir: str = "dist", weights: str | None = None, repo: str = "") -
         print(f"{output_dir}/{name}")
 
 
-PHANTOM_NOTE = "DEMO WEIGHTS: trained on synthetic phantoms only, meaningless on patients"
-GEOMETRY: dict[str, Any] = {"shape": (64, 72, 56), "spacing": (2.5, 2.5, 2.5)}
-UNTUNED = {"thresholds": [0.5] * 3, "min_volume_mm3": [50.0] * 3}
-STEPS: dict[str, tuple[str, dict[str, Any]]] = {
-    "MedNeXt, one fold": ("comnet/fold0", UNTUNED | {"refine_regions": [False] * 3}),
-    "one fold + CorrDiff": ("comnet/fold0", UNTUNED | {"refine_regions": [True] * 3}),
-    "five folds": ("ensemble", UNTUNED | {"refine_regions": [False] * 3}),
-    "five folds + CorrDiff": ("ensemble", UNTUNED | {"refine_regions": [True] * 3}),
-    "CoMNeT as tuned": ("ensemble", {}),
-}
-"""From a single backbone to the whole: which weights of the run, with which settings."""
-
-
-def demo(output_dir: str = "runs/demo", seed: int = 0, num_subjects: int = 10, num_held_out: int = 4) -> None:
+def demo_training(output_dir: str = "runs/demo", seed: int = 0, num_subjects: int = 10, num_held_out: int = 4) -> None:
     """Show the whole way on synthetic subjects: three models cross-validated, the ensemble, masks, scores, pictures.
 
     Args:
@@ -314,71 +292,27 @@ def demo(output_dir: str = "runs/demo", seed: int = 0, num_subjects: int = 10, n
         num_subjects: phantoms that the five folds share.
         num_held_out: phantoms that no fold sees, on which each step from one backbone to the whole is scored.
     """
-    from .crossval.execute import execute
-    from .crossval.plan import make_plan
-    from .crossval.subjects import prepare_subjects
-    from .phantom import write_cohort
+    from .demo import run_demo
 
     run = Path(output_dir)
-    _write_once(write_cohort, run / "subjects", num_subjects, seed=seed)
-    _write_once(write_cohort, run / "held_out", num_held_out, seed=seed + 1, first_id=9001)
-    subjects = prepare_subjects(datalist_of(str(run / "subjects"), run, None, seed), run)
-    stages = make_plan(run, subjects, overlays=["demo.json"], seed=seed, notes=PHANTOM_NOTE)
-    execute([*stages, _score_steps(run)], run, jobs=min(2, os.cpu_count() or 1))
-    _report_steps(run)
+    steps = run_demo(run, seed, num_subjects, num_held_out)
     segment(str(run / "held_out"), output_dir=str(run / "segmented"), weights=str(run / "ensemble"))
     tell_results(run)
-    print(f"and at {run / 'steps' / 'scores.html'}: from one backbone to the whole, on subjects that no fold has seen")
+    print(f"and at {steps}: from one backbone to the whole, on subjects that no fold has seen")
     print(
         f"and at {run / 'segmented' / 'report.html'}: what `comnet segment --weights {run / 'ensemble'}` makes of them"
     )
 
 
-def _write_once(write: Any, folder: Path, count: int, **options: Any) -> None:
-    """Write phantoms unless all are there; written anew, they would count as other subjects."""
-    if len(list(folder.glob("*/*.nii.gz"))) < 5 * count:
-        write(folder, count, progress=True, **GEOMETRY, **options)
-
-
-def _score_steps(run: Path) -> Any:
-    from .crossval.job import Job, Stage
-
-    return Stage("score_steps", tuple(_step_job(Job, run, number, name) for number, name in enumerate(STEPS)))
-
-
-def _step_job(make: Any, run: Path, number: int, name: str) -> Any:
-    from .crossval.overlays import Overlays
-
-    weights, settings = STEPS[name]
-    parts = Overlays(["demo.json"], run).values("comnet_corrdiff", "train.json")
-    networks = {key: parts[key] for key in ("backbone", "corrector", "spacing", "patch_size", "num_workers")}
-    output = run / "steps" / f"{number + 1}"
-    places = {"dataset_dir": run / "held_out", "weights_dir": run / weights, "output_dir": output}
-    facts = {"num_folds": 1 if weights.startswith("comnet") else 5, "batch#model": name}
-    return make(
-        f"score_step{number + 1}",
-        run,
-        "comnet_ensemble",
-        ("inference.json", "evaluate.json"),
-        overrides=places | networks | facts | settings,
-        reads=(run / weights / "model.pt",),
-        writes=(output / "scores.csv",),
-    )
-
-
-def _report_steps(run: Path) -> None:
-    from .report import read_scores, write_scores_report
-
-    folders = [run / "steps" / f"{number + 1}" for number in range(len(STEPS))]
-    scores = [score for folder in folders for score in read_scores(folder)]
-    pictures = {path.parent.name: path for path in sorted(folders[-1].glob("*/*_qc.png"))}
-    page = run / "steps" / "scores.html"
-    title = "CoMNeT: from one backbone to the whole"
-    write_scores_report(page, scores, pictures, title, "Held-out phantoms", PHANTOM_NOTE)
+def demo(output_dir: str = "runs/demo", seed: int = 0, num_subjects: int = 10, num_held_out: int = 4) -> None:
+    """Do what `comnet demo_training` does."""
+    demo_training(output_dir, seed, num_subjects, num_held_out)
 
 
 SPIN_COUNT = "1000"
-SUBCOMMANDS = {function.__name__: function for function in (demo, segment, validate, crossval, report, stack, pack)}
+SUBCOMMANDS = {
+    function.__name__: function for function in (demo, demo_training, segment, validate, crossval, report, stack, pack)
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

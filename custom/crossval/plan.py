@@ -1,31 +1,187 @@
-"""The plan of a cross-validation: every model and fold as jobs, in stages."""
+"""The plan of a cross-validation: every model and fold as jobs, each a plain bundle run.
+
+Nothing here imports PyTorch when it is imported: a job first learns which GPU and how many threads are its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import UserError
-from ..report import MODELS
-from ..weights import fold_checkpoint
-from .job import Job, Stage
-from .overlays import Overlays
-from .subjects import Subjects
+from ..bundle_run import bundle_command, run_bundle
+from ..files import UserError, write_text
+from .inputs import INDIFFERENT, Overlays, Subjects, code_digest, config_contents, with_files
 
-BASELINES = {"segresnet": ("segresnet.json",), "mednext": ()}
+SELECTIONS = ("paper", "inner", "last")
 OF_THE_PARTS = ("backbone", "corrector", "spacing", "patch_size")
+OF_COARSE = ("backbone", "image_preprocessing", "coarse_inferer", "coarse")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A bundle run, or without a bundle the writing of the report.
+
+    Attributes:
+        name: unique in its plan; record and log are named after it.
+        run_dir: folder of the whole cross-validation.
+        bundle: which bundle.
+        configs: as `config_files` takes them, each laid over those before it.
+        run_id: what of the bundle to run.
+        overrides: config values by name; a `Path` is a place, all else are settings.
+        reads: files and folders of other jobs that the result depends on.
+        writes: what is there when the job is done.
+        folders: what belongs to this job alone, and is moved away before the job runs anew with other settings.
+        cohort: digest of the subjects and their folds.
+    """
+
+    name: str
+    run_dir: Path
+    bundle: str | None = None
+    configs: tuple[str | Path, ...] = ()
+    run_id: str = "run"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    reads: tuple[Path, ...] = ()
+    writes: tuple[Path, ...] = ()
+    folders: tuple[Path, ...] = ()
+    cohort: str = ""
+
+    @property
+    def stage(self) -> str:
+        """What all folds of the job are called together."""
+        return self.name.split("_fold")[0]
+
+    def command(self) -> str:
+        """Return the plain command, to be given from the working folder."""
+        if self.bundle is None:
+            return shlex.join(["comnet", "report", os.path.relpath(self.run_dir)])
+        return bundle_command(self.bundle, *self.configs, run_id=self.run_id, **self.overrides)
+
+    def run(self) -> None:
+        """Run it in this process."""
+        if self.bundle is None:
+            from ..report import write_crossval_report
+
+            write_crossval_report(self.run_dir)
+        else:
+            run_bundle(self.bundle, *self.configs, run_id=self.run_id, **self.overrides)
+
+    def settings_digest(self) -> str:
+        """Return a SHA-256 over all that the result depends on but `reads`: configs, settings, subjects, and code.
+
+        Where things lie, the version and the number of workers do not matter: a run that was moved is still done.
+        """
+        contents = config_contents(self.bundle, self.configs) if self.bundle else "custom.report"
+        settings = {
+            key: os.path.relpath(value, self.run_dir) if isinstance(value, Path) else value
+            for key, value in self.overrides.items()
+            if key not in INDIFFERENT and not (isinstance(value, Path) and not value.is_relative_to(self.run_dir))
+        }
+        text = json.dumps([self.bundle, self.run_id, contents, settings, self.cohort], sort_keys=True)
+        return hashlib.sha256(f"{text} {code_digest(text)}".encode()).hexdigest()
+
+    def digest(self) -> str:
+        """Return a SHA-256 over `settings_digest` and what the job reads, once that is there."""
+        return with_files(self.settings_digest(), self.run_dir, self.reads)
+
+    @property
+    def log(self) -> Path:
+        """Where the output of the job goes."""
+        return self.run_dir / "logs" / f"{self.name}.log"
+
+    def missing(self) -> Path | None:
+        """Return the first of `writes` that is not there."""
+        return next((path for path in self.writes if not path.exists()), None)
+
+    def is_done(self, digest: str) -> bool:
+        """Whether the job has succeeded with just these settings and inputs, and its results are still there."""
+        record = _record(self.run_dir, self.name)
+        return record.get("status") == "done" and record["digest"] == digest and self.missing() is None
+
+    def begin(self, digest: str) -> None:
+        """Note that the job starts, see `begin`."""
+        begin(self.run_dir, self.name, digest, self.folders, self.command())
+
+    def finish(self, digest: str, seconds: float, exit_code: int = 0) -> str:
+        """Note that the job has succeeded; return what is to be told although it has, or nothing."""
+        from ..batch import EXIT_SOME_FAILED
+
+        warning = "some subjects failed or were excluded" if exit_code == EXIT_SOME_FAILED else ""
+        told = {"warning": warning} if warning else {}
+        _note(
+            self.run_dir,
+            self.name,
+            digest=digest,
+            status="done",
+            seconds=round(seconds, 1),
+            **told,
+            command=self.command(),
+        )
+        return warning
+
+    def failure(self, exit_code: int) -> str:
+        """Return why a job that has ended did not succeed; empty if it did."""
+        from ..batch import EXIT_SOME_FAILED
+
+        if exit_code in (0, EXIT_SOME_FAILED):
+            return f"it ended without leaving {missing}" if (missing := self.missing()) else ""
+        if exit_code < 0:
+            return "its process was killed; if memory ran out, use fewer --jobs"
+        return "".join(self.last_lines(1)) if exit_code == 1 else f"it left with code {exit_code}"
+
+    def last_lines(self, count: int) -> list[str]:
+        """Return how the log ends."""
+        text = self.log.read_bytes()[-8192:].decode(errors="replace") if self.log.is_file() else ""
+        return [line for line in re.split(r"[\r\n]+", text) if line.strip()][-count:]
+
+    def needs(self, jobs: Iterable[Job]) -> list[Job]:
+        """Return those of ``jobs`` that write what this one reads."""
+        return [job for job in jobs if set(job.writes) & set(self.reads)]
+
+
+def begin(run_dir: Path, name: str, digest: str, folders: Iterable[Path], command: str) -> None:
+    """Note in ``jobs/<job>.json`` that a job starts; move what it left under other settings to ``superseded``.
+
+    Without that, training would go on from the last state of the other settings, and scores of them would stay.
+    """
+    earlier = _record(run_dir, name).get("digest")
+    if earlier not in (None, digest):
+        target, number = run_dir / "superseded" / f"{name}-{earlier[:8]}", 1
+        while target.exists():
+            number += 1
+            target = target.with_name(f"{name}-{earlier[:8]}-{number}")
+        for folder in filter(Path.exists, folders):
+            target.mkdir(parents=True, exist_ok=True)
+            os.replace(folder, target / folder.name)
+    _note(run_dir, name, digest=digest, status="started", command=command)
+
+
+def _record(run_dir: Path, name: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads((run_dir / "jobs" / f"{name}.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _note(run_dir: Path, name: str, **facts: Any) -> None:
+    write_text(run_dir / "jobs" / f"{name}.json", json.dumps({"job": name, **facts}, indent=1) + "\n")
 
 
 def make_plan(
     run_dir: str | Path,
     subjects: Subjects,
-    models: Iterable[str] = tuple(MODELS),
+    models: Iterable[str] = ("segresnet", "mednext", "comnet"),
     overlays: Sequence[str] = (),
     seed: int = 0,
     notes: str = "",
-) -> list[Stage]:
+    selection: str | None = None,
+) -> list[Job]:
     """Plan the cross-validation of some models.
 
     Args:
@@ -35,16 +191,23 @@ def make_plan(
         overlays: files to lay over the bundles' configs, see `Overlays`.
         seed: seed of everything.
         notes: what the checkpoints are to say of themselves.
+        selection: which epoch's weights every training keeps, one of `SELECTIONS`; by default what the configs say.
 
     Returns:
-        Stages to be run one after the other.
+        Jobs, each after those that it needs.
 
     Raises:
-        ValueError: unknown model, or an overlay that cannot be laid over.
+        ValueError: unknown model or selection, models that would be selected by different rules, or an overlay that
+            cannot be laid over.
         FileNotFoundError: an overlay does not exist.
     """
-    chosen = choose_models(models)
-    return _Planner(Path(run_dir), subjects, chosen, Overlays(overlays, run_dir), seed, notes).stages()
+    if selection not in (None, *SELECTIONS):
+        raise UserError(f"unknown selection {selection}: choose from {', '.join(SELECTIONS)}")
+    planner = _Planner(Path(run_dir), subjects, Overlays(overlays, run_dir), seed, notes, selection)
+    jobs: list[Job] = []
+    for model in choose_models(models):
+        jobs += planner.comnet() if model == "comnet" else planner.backbones(model)
+    return [*jobs, planner.report(jobs)]
 
 
 def choose_models(models: Iterable[str]) -> tuple[str, ...]:
@@ -53,6 +216,8 @@ def choose_models(models: Iterable[str]) -> tuple[str, ...]:
     Raises:
         ValueError: unknown model, or none.
     """
+    from ..report import MODELS
+
     asked = set(models)
     unknown = sorted(asked - set(MODELS))
     if unknown or not asked:
@@ -64,120 +229,98 @@ def choose_models(models: Iterable[str]) -> tuple[str, ...]:
 class _Planner:
     run_dir: Path
     subjects: Subjects
-    models: tuple[str, ...]
     overlays: Overlays
     seed: int
     notes: str
+    selection: str | None
 
-    @property
-    def folds(self) -> range:
-        return range(self.subjects.num_folds)
+    def backbones(self, model: str) -> list[Job]:
+        last = ("segresnet.json",) if model == "segresnet" else ()
+        train = (*self.overlays.over("comnet_mednext", "train.json"), *last)
+        score = (*self.overlays.over("comnet_mednext", "inference.json", "evaluate.json"), *last)
+        trained = [self.train(model, fold, "comnet_mednext", train) for fold in range(self.subjects.num_folds)]
+        return trained + [self.score(model, job, "comnet_mednext", score) for job in trained]
 
-    def stages(self) -> list[Stage]:
-        baselines = [model for model in self.models if model in BASELINES]
-        every = [(model, fold) for model in baselines for fold in self.folds]
-        stages = [
-            Stage("train_backbones", tuple(self.train_backbone(model, fold) for model, fold in every)),
-            Stage("score_backbones", tuple(self.score_backbone(model, fold) for model, fold in every)),
-        ]
-        if "comnet" in self.models:
-            stages += [
-                Stage("predict_coarse", (self.predict_coarse(),)),
-                Stage("train_correctors", tuple(self.train_corrector(fold) for fold in self.folds)),
-                Stage("score_comnet", tuple(self.score_comnet(fold) for fold in self.folds)),
-                Stage("ensemble", (self.ensemble(),)),
-            ]
-        return [*stages, Stage("report", (self.report(),))]
-
-    def train_backbone(self, model: str, fold: int) -> Job:
-        overrides = self.training(fold) | {"models_dir": self.run_dir / model, "ckpt_dir": self.folder(model, fold)}
-        configs = (*self.overlays.over("comnet_mednext", "train.json"), *BASELINES[model])
-        return self.train_job(model, fold, "comnet_mednext", configs, overrides)
-
-    def train_corrector(self, fold: int) -> Job:
-        overrides = self.training(fold) | self.coarse_dirs() | {"models_dir": self.run_dir / "comnet"}
-        configs = self.overlays.over("comnet_corrdiff", "train.json")
-        return self.train_job("comnet", fold, "comnet_corrdiff", configs, overrides, reads=self.checkpoints("mednext"))
-
-    def score_backbone(self, model: str, fold: int) -> Job:
-        configs = (*self.overlays.over("comnet_mednext", "inference.json", "evaluate.json"), *BASELINES[model])
-        return self.score_job(model, fold, "comnet_mednext", configs)
-
-    def score_comnet(self, fold: int) -> Job:
-        configs = self.overlays.over("comnet_corrdiff", "inference.json", "evaluate.json")
-        return self.score_job("comnet", fold, "comnet_corrdiff", configs)
-
-    def predict_coarse(self) -> Job:
-        return Job(
+    def comnet(self) -> list[Job]:
+        """Jobs of CorrDiff and the ensemble; both read the same coarse predictions, of the code that there is now."""
+        values = self.overlays.values("comnet_corrdiff", "train.json")
+        if self.overlays.values("comnet_mednext", "train.json").get("selection") != values.get("selection"):
+            raise UserError("a config sets another selection for MedNeXt than for CoMNeT: use --selection")
+        code = code_digest(json.dumps([values[name] for name in OF_COARSE]))
+        coarse = {"backbones_dir": self.run_dir / "mednext", "coarse_dir": self.run_dir / "coarse" / code[:8]}
+        backbones, train = self.checkpoints("mednext"), self.overlays.over("comnet_corrdiff", "train.json")
+        reads = (*backbones, coarse["coarse_dir"])
+        predict = self.job(
             "predict_coarse",
-            self.run_dir,
             "comnet_corrdiff",
-            self.overlays.over("comnet_corrdiff", "train.json"),
+            train,
             run_id="predict_coarse",
-            overrides=self.data() | {"seed": self.seed} | self.coarse_dirs(),
-            reads=self.checkpoints("mednext"),
-            writes=(self.run_dir / "coarse",),
-            cohort=self.subjects.digest,
+            overrides=self.data() | {"seed": self.seed} | coarse,
+            reads=backbones,
+            writes=(coarse["coarse_dir"],),
         )
-
-    def ensemble(self) -> Job:
+        folds = range(self.subjects.num_folds)
+        trained = [self.train("comnet", fold, "comnet_corrdiff", train, coarse, reads) for fold in folds]
+        score = self.overlays.over("comnet_corrdiff", "inference.json", "evaluate.json")
         folder = self.run_dir / "ensemble"
-        places = self.coarse_dirs() | {"correctors_dir": self.run_dir / "comnet", "models_dir": folder}
-        parts = self.overlays.values("comnet_corrdiff", "train.json")
-        settings = self.run_facts() | {key: parts[key] for key in OF_THE_PARTS}
-        return Job(
+        places = coarse | {"correctors_dir": self.run_dir / "comnet", "models_dir": folder}
+        ensemble = self.job(
             "ensemble",
-            self.run_dir,
             "comnet_ensemble",
             self.overlays.over("comnet_ensemble", "train.json"),
-            overrides=self.data() | places | settings,
-            reads=self.checkpoints("mednext") + self.checkpoints("comnet"),
+            overrides=self.data() | places | self.facts() | {name: values[name] for name in OF_THE_PARTS},
+            reads=(*reads, *self.checkpoints("comnet")),
             writes=(folder / "model.pt", folder / "tuning.json"),
-            cohort=self.subjects.digest,
+            folders=(folder,),
         )
+        return [predict, *trained, *(self.score("comnet", job, "comnet_corrdiff", score) for job in trained), ensemble]
 
-    def report(self) -> Job:
-        scores = [self.run_dir / model / "scores" for model in self.models]
-        records = [folder / name / "record.json" for folder in scores for name in self.subjects.folds]
-        tuning = [self.run_dir / "ensemble" / "tuning.json"] if "comnet" in self.models else []
-        return Job(
-            "report",
-            self.run_dir,
-            reads=(*records, *tuning),
-            writes=(self.run_dir / "report" / "report.html",),
-            cohort=self.subjects.digest,
-        )
+    def report(self, jobs: Sequence[Job]) -> Job:
+        tables = {file: None for job in jobs for file in job.writes if file.name in ("scores.csv", "tuning.json")}
+        folders = [table.parent for table in tables if table.name == "scores.csv"]
+        records = [folder / name / "record.json" for folder in folders for name in self.subjects.folds]
+        return self.job("report", reads=(*tables, *records), writes=(self.run_dir / "report" / "report.html",))
 
-    def train_job(
-        self, model: str, fold: int, bundle: str, configs: Any, overrides: Any, reads: tuple[Path, ...] = ()
+    def train(
+        self,
+        model: str,
+        fold: int,
+        bundle: str,
+        configs: tuple[str | Path, ...],
+        places: Mapping[str, Path] | None = None,
+        reads: tuple[Path, ...] = (),
     ) -> Job:
-        return Job(
+        checkpoint = self.checkpoints(model)[fold]
+        rule = {"selection": self.selection} if self.selection else {}
+        places = {"models_dir": self.run_dir / model, "ckpt_dir": checkpoint.parent, **(places or {})}
+        return self.job(
             f"train_{model}_fold{fold}",
-            self.run_dir,
             bundle,
             configs,
-            overrides=overrides,
+            overrides=self.data() | {"fold": fold} | self.facts() | rule | places,
             reads=reads,
-            writes=(fold_checkpoint(self.run_dir / model, fold),),
-            folder=self.folder(model, fold),
-            cohort=self.subjects.digest,
+            writes=(checkpoint,),
+            folders=(checkpoint.parent,),
         )
 
-    def score_job(self, model: str, fold: int, bundle: str, configs: Any) -> Job:
-        checkpoint = fold_checkpoint(self.run_dir / model, fold)
-        scores = self.run_dir / model / "scores"
+    def score(self, model: str, trained: Job, bundle: str, configs: tuple[str | Path, ...]) -> Job:
+        from ..report import MODELS
+
+        fold, folder = trained.overrides["fold"], self.run_dir / model / "scores"
         places = {"dataset_dir": self.subjects.dataset_dir, "datalist_file": self.subjects.datalist_file}
         settings = {"fold": fold, "cohort#num_folds": self.subjects.num_folds, "batch#model": MODELS[model]}
-        return Job(
+        return self.job(
             f"score_{model}_fold{fold}",
-            self.run_dir,
             bundle,
             configs,
-            overrides=places | {"checkpoint": checkpoint, "output_dir": scores} | settings,
-            reads=(checkpoint,),
-            writes=(scores / "scores.csv",),
-            cohort=self.subjects.digest,
+            overrides=places | {"checkpoint": trained.writes[0], "output_dir": folder} | settings,
+            reads=trained.writes,
+            writes=(folder / "scores.csv",),
+            folders=tuple(folder / name for name, of in self.subjects.folds.items() if of == fold),
         )
+
+    def job(self, name: str, bundle: str | None = None, configs: tuple[str | Path, ...] = (), **fields: Any) -> Job:
+        return Job(name, self.run_dir, bundle, configs, cohort=self.subjects.digest, **fields)
 
     def data(self) -> dict[str, Any]:
         return {
@@ -186,17 +329,10 @@ class _Planner:
             "num_folds": self.subjects.num_folds,
         }
 
-    def training(self, fold: int) -> dict[str, Any]:
-        return self.data() | {"fold": fold} | self.run_facts()
-
-    def run_facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         return {"seed": self.seed} | ({"notes": self.notes} if self.notes else {})
 
-    def coarse_dirs(self) -> dict[str, Any]:
-        return {"backbones_dir": self.run_dir / "mednext", "coarse_dir": self.run_dir / "coarse"}
-
-    def folder(self, model: str, fold: int) -> Path:
-        return fold_checkpoint(self.run_dir / model, fold).parent
-
     def checkpoints(self, model: str) -> tuple[Path, ...]:
-        return tuple(fold_checkpoint(self.run_dir / model, fold) for fold in self.folds)
+        from ..weights import fold_checkpoint
+
+        return tuple(fold_checkpoint(self.run_dir / model, fold) for fold in range(self.subjects.num_folds))

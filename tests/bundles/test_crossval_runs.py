@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from bundle_runs import TINY
 
 from custom import cli
+from custom.crossval import runner
 from custom.files import file_sha256
 
 SETTINGS = TINY | {"corrector": "custom.corrdiff.corrdiff_tiny", "vq_epochs": 1, "write_pictures": False}
@@ -37,6 +39,8 @@ def crossval(words: list[str], run_dir: Path) -> multiprocessing.Process:
 
 def _one_thread(words: list[str], run_dir: Path) -> None:
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    os.environ["OMP_NUM_THREADS"] = "1"
+    runner._context = lambda gpu: multiprocessing.get_context("fork")  # jobs need not import everything again either
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     cli.main([*words, "--output_dir", str(run_dir)])
 
@@ -80,7 +84,7 @@ KILLS = [  # job in which it is stopped, what that has left by then
     ("train_mednext_fold0", "mednext/fold0/last.pt", signal.SIGKILL),
     ("train_mednext_fold1", "mednext/fold1/last.pt", signal.SIGINT),
     ("score_mednext_fold1", "mednext/scores/*/record.json", signal.SIGKILL),
-    ("predict_coarse", "coarse/*.npy", signal.SIGKILL),
+    ("predict_coarse", "coarse/*/*.npy", signal.SIGKILL),
     ("train_comnet_fold1", "comnet/fold1/last.pt", signal.SIGKILL),
     ("score_comnet_fold0", "comnet/scores/*/record.json", signal.SIGKILL),
     ("ensemble", "logs/ensemble.log", signal.SIGKILL),
@@ -124,12 +128,29 @@ def test_the_commands_of_a_dry_run_do_the_same(whole, words, tmp_path, capsys):
     run_dir = tmp_path / "run"
     cli.main([*words, "--output_dir", str(run_dir), "--dry_run"])
     printed = capsys.readouterr().out
-    lines = (run_dir / "commands" / "1_train_backbones.txt").read_text().splitlines()
-    assert len(lines) == 2 and all(line in printed for line in lines)
-    assert len(list((run_dir / "commands").glob("*.txt"))) == 7
+    lines = [line for line in printed.splitlines() if not line.startswith("#")]
+    assert len(lines) == 11 and not (run_dir / "jobs").exists()
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     environment |= {"OMP_NUM_THREADS": "1"}
     subprocess.run(lines[1], shell=True, check=True, env=environment, stderr=subprocess.DEVNULL)
     ours, theirs = (torch.load(run / "mednext" / "fold1" / "last.pt", weights_only=True) for run in (run_dir, whole))
     assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in theirs["model"])
-    assert file_sha256(run_dir / "datalist.json") and not (run_dir / "jobs").exists()
+    assert file_sha256(run_dir / "datalist.json")
+
+
+def test_snakemake_runs_the_exported_plan_to_the_same_table(whole, words, tmp_path, capsys):
+    snakemake = os.environ.get("COMNET_SNAKEMAKE") or shutil.which("snakemake")
+    if snakemake is None:
+        pytest.skip("no snakemake: install the extra `cluster`, or name the program in COMNET_SNAKEMAKE")
+    run_dir, snakefile = tmp_path / "run", tmp_path / "Snakefile"
+    cli.main([*words, "--output_dir", str(run_dir), "--snakefile", str(snakefile)])
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    command = [snakemake, "--snakefile", str(snakefile), "--cores", "1"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert scores(run_dir) == scores(whole)
+    for name in ("ensemble/tuning.json", "report/table2.csv", "report/scores.csv"):
+        assert (run_dir / name).read_bytes() == (whole / name).read_bytes(), name
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0 and "Nothing to be done" in again.stdout + again.stderr

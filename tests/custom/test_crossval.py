@@ -1,30 +1,22 @@
-"""The plan of a cross-validation and the configs that are laid over it."""
+"""The plan of a cross-validation, and when its jobs count as changed."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from custom import __version__, bundle_run
 from custom.bundle_run import bundle_root
-from custom.crossval.execute import write_commands
-from custom.crossval.job import Job, Stage
-from custom.crossval.overlays import Overlays
-from custom.crossval.plan import choose_models, make_plan
-from custom.crossval.subjects import Subjects
+from custom.crossval import inputs
+from custom.crossval.inputs import Overlays, Subjects
+from custom.crossval.plan import Job, choose_models, make_plan
 from custom.files import UserError
 
-STAGES = [
-    "train_backbones",
-    "score_backbones",
-    "predict_coarse",
-    "train_correctors",
-    "score_comnet",
-    "ensemble",
-    "report",
-]
 FOLDS = range(3)
 
 
@@ -34,8 +26,8 @@ def subjects(tmp_path) -> Subjects:
     return Subjects(tmp_path / "run" / "datalist.json", tmp_path / "data", 3, folds, "digest")
 
 
-def plan(subjects, run_dir, *args, **kwargs) -> dict[str, Stage]:
-    return {stage.name: stage for stage in make_plan(run_dir, subjects, *args, **kwargs)}
+def plan(subjects, run_dir, *args, **kwargs) -> dict[str, Job]:
+    return {job.name: job for job in make_plan(run_dir, subjects, *args, **kwargs)}
 
 
 def options(job: Job) -> dict[str, str]:
@@ -51,58 +43,80 @@ def config_names(job: Job) -> list[str]:
 
 class TestPlan:
     def test_every_model_and_fold_is_trained_and_scored_once(self, subjects, tmp_path):
-        stages = plan(subjects, tmp_path / "run")
-        names = [job.name for stage in stages.values() for job in stage.jobs]
-        expected = [
-            f"{verb}_{m}_fold{k}" for verb in ("train", "score") for m in ("segresnet", "mednext") for k in FOLDS
+        jobs = plan(subjects, tmp_path / "run")
+        expected = {
+            f"{verb}_{m}_fold{k}"
+            for verb in ("train", "score")
+            for m in ("segresnet", "mednext", "comnet")
+            for k in FOLDS
+        }
+        expected |= {"predict_coarse", "ensemble", "report"}
+        assert set(jobs) == expected and len(make_plan(tmp_path / "run", subjects)) == len(expected)
+        assert list(dict.fromkeys(job.stage for job in jobs.values())) == [
+            *("train_segresnet", "score_segresnet", "train_mednext", "score_mednext"),
+            *("predict_coarse", "train_comnet", "score_comnet", "ensemble", "report"),
         ]
-        expected += ["predict_coarse", *(f"train_comnet_fold{k}" for k in FOLDS)]
-        expected += [*(f"score_comnet_fold{k}" for k in FOLDS), "ensemble", "report"]
-        assert list(stages) == STAGES and names == expected
 
-    def test_a_job_reads_only_what_earlier_stages_have_written(self, subjects, tmp_path):
-        written: set[Path] = set()
-        for stage in plan(subjects, tmp_path / "run").values():
-            checkpoints = {path for job in stage.jobs for path in job.reads if path.suffix == ".pt"}
-            assert checkpoints <= written
-            written |= {path for job in stage.jobs for path in job.writes}
-        assert {path.name for path in written} >= {"model.pt", "scores.csv", "tuning.json", "report.html", "coarse"}
+    def test_a_job_comes_after_those_that_it_needs(self, subjects, tmp_path):
+        jobs = make_plan(tmp_path / "run", subjects)
+        needs = {job.name: {other.name for other in job.needs(jobs)} for job in jobs}
+        names = list(needs)
+        assert all(names.index(other) < names.index(job) for job, others in needs.items() for other in others)
+        written = {path for job in jobs for path in job.writes}
+        for job in jobs:
+            assert {path for path in job.reads if path.name != "record.json"} <= written, job.name
+        assert {path.name for path in written if path.suffix} == {
+            "model.pt",
+            "scores.csv",
+            "tuning.json",
+            "report.html",
+        }
+        trained = {f"train_mednext_fold{k}" for k in FOLDS}
+        assert needs["train_mednext_fold1"] == set() and needs["score_mednext_fold1"] == {"train_mednext_fold1"}
+        assert needs["predict_coarse"] == trained and needs["train_comnet_fold0"] == {*trained, "predict_coarse"}
+        assert needs["score_comnet_fold2"] == {"train_comnet_fold2"}
+        assert needs["ensemble"] == {*trained, "predict_coarse", *(f"train_comnet_fold{k}" for k in FOLDS)}
+        scored = {f"score_{model}_fold{k}" for model in ("segresnet", "mednext", "comnet") for k in FOLDS}
+        assert needs["report"] == {*scored, "ensemble"}
 
     def test_the_paths_of_a_command_are_those_of_the_agreed_layout(self, subjects, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        stages = plan(subjects, tmp_path / "run", seed=7)
-        train = options(stages["train_backbones"].jobs[1])
+        jobs = plan(subjects, tmp_path / "run", seed=7)
+        train = options(jobs["train_segresnet_fold1"])
         assert train["--models_dir"] == "run/segresnet" and train["--ckpt_dir"] == "run/segresnet/fold1"
         assert (train["--dataset_dir"], train["--datalist_file"]) == ("data", "run/datalist.json")
         assert (train["--fold"], train["--num_folds"], train["--seed"]) == ("1", "3", "7")
-        score = options(stages["score_backbones"].jobs[5])
+        score = options(jobs["score_mednext_fold2"])
         assert score["--checkpoint"] == "run/mednext/fold2/model.pt" and score["--output_dir"] == "run/mednext/scores"
         assert (score["--fold"], score["--batch#model"], score["--cohort#num_folds"]) == ("2", "MedNeXt", "3")
-        corrector = options(stages["train_correctors"].jobs[0])
-        assert corrector["--backbones_dir"] == "run/mednext" and corrector["--coarse_dir"] == "run/coarse"
-        assert corrector["--models_dir"] == "run/comnet"
-        ensemble = options(stages["ensemble"].jobs[0])
+        corrector = options(jobs["train_comnet_fold0"])
+        assert corrector["--backbones_dir"] == "run/mednext" and corrector["--coarse_dir"].startswith("run/coarse/")
+        assert corrector["--models_dir"] == "run/comnet" and corrector["--ckpt_dir"] == "run/comnet/fold0"
+        ensemble = options(jobs["ensemble"])
         assert ensemble["--correctors_dir"] == "run/comnet" and ensemble["--models_dir"] == "run/ensemble"
-        assert stages["predict_coarse"].jobs[0].command().split()[4] == "predict_coarse"
-        assert stages["report"].jobs[0].command() == "comnet report run"
+        assert ensemble["--coarse_dir"] == options(jobs["predict_coarse"])["--coarse_dir"] == corrector["--coarse_dir"]
+        assert jobs["predict_coarse"].command().split()[4] == "predict_coarse"
+        assert jobs["report"].command() == "comnet report run"
 
     def test_every_option_is_known_to_its_bundle(self, subjects, tmp_path):
-        for stage in plan(subjects, tmp_path / "run").values():
-            for job in stage.jobs:
-                if job.bundle is None:
-                    continue
-                files = [bundle_root(job.bundle) / "configs" / name for name in job.configs]
-                known = {key.split("#")[0] for file in files for key in json.loads(file.read_text())}
-                assert {key.split("#")[0] for key in job.overrides} <= known, job.name
+        for job in make_plan(tmp_path / "run", subjects):
+            if job.bundle is None:
+                continue
+            files = [bundle_root(job.bundle) / "configs" / name for name in job.configs]
+            known = {key.split("#")[0] for file in files for key in json.loads(file.read_text())}
+            assert {key.split("#")[0] for key in job.overrides} <= known, job.name
 
     def test_the_baselines_network_wins_over_every_overlay(self, subjects, tmp_path):
-        jobs = plan(subjects, tmp_path / "run", ["segresnet", "mednext"], ["small.json"])["train_backbones"].jobs
-        assert config_names(jobs[0]) == ["train.json", "small.json", "segresnet.json"]
-        assert config_names(jobs[3]) == ["train.json", "small.json"]
+        jobs = plan(subjects, tmp_path / "run", ["segresnet", "mednext"], ["small.json"])
+        for job, last in (("train_segresnet_fold0", ["segresnet.json"]), ("train_mednext_fold0", [])):
+            first, laid, *others = config_names(jobs[job])
+            assert first == "train.json" and others == last
+            small = json.loads((tmp_path / "run" / "configs" / laid).read_text())
+            assert small == json.loads((bundle_root("comnet_mednext") / "configs" / "small.json").read_text())
 
     def test_the_ensemble_is_built_of_what_the_correctors_were_trained_with(self, subjects, tmp_path):
         plain, small = (
-            options(plan(subjects, tmp_path / "run", overlays=overlays)["ensemble"].jobs[0])
+            options(plan(subjects, tmp_path / "run", overlays=overlays)["ensemble"])
             for overlays in ([], ["small.json"])
         )
         assert plain["--backbone"] == "custom.mednext.mednext_base" and plain["--spacing"] == "[1.0, 1.0, 1.0]"
@@ -110,76 +124,98 @@ class TestPlan:
         assert small["--corrector"] == "custom.corrdiff.corrdiff_tiny"
 
     def test_notes_reach_every_checkpoint(self, subjects, tmp_path):
-        stages = plan(subjects, tmp_path / "run", notes="phantoms only")
-        for name in ("train_backbones", "train_correctors", "ensemble"):
-            assert {options(job)["--notes"] for job in stages[name].jobs} == {"phantoms only"}
-
-    def test_a_setting_that_only_the_corrector_knows_leaves_the_backbones_as_they_are(self, subjects, tmp_path):
-        mine = tmp_path / "mine.json"
-        digests = []
-        for epochs in (1, 2):
-            mine.write_text(json.dumps({"vq_epochs": epochs, "spacing": [2.0, 2.0, 2.0]}))
-            stages = plan(subjects, tmp_path / "run", overlays=[str(mine)])
-            digests.append({name: [job.digest() for job in stage.jobs] for name, stage in stages.items()})
-        changed = [name for name in STAGES if digests[0][name] != digests[1][name]]
-        assert changed == ["predict_coarse", "train_correctors"]
+        jobs = plan(subjects, tmp_path / "run", notes="phantoms only").values()
+        making = [job for job in jobs if job.stage.startswith("train_") or job.name == "ensemble"]
+        assert len(making) == 10 and {options(job)["--notes"] for job in making} == {"phantoms only"}
 
     def test_models_can_be_chosen(self, subjects, tmp_path):
         assert choose_models(["comnet"]) == ("mednext", "comnet")
-        assert list(plan(subjects, tmp_path, ["segresnet"])) == ["train_backbones", "score_backbones", "report"]
-        with pytest.raises(ValueError, match="unknown model unet: choose from segresnet, mednext, comnet"):
+        stages = dict.fromkeys(job.stage for job in make_plan(tmp_path, subjects, ["segresnet"]))
+        assert list(stages) == ["train_segresnet", "score_segresnet", "report"]
+        with pytest.raises(UserError, match="unknown model unet: choose from segresnet, mednext, comnet"):
             choose_models(["unet", "mednext"])
 
-    def test_commands_are_written_one_line_a_job(self, subjects, tmp_path):
-        stages = make_plan(tmp_path / "run", subjects)
-        files = write_commands(stages, tmp_path / "run")
-        assert [file.name for file in files] == [f"{n}_{name}.txt" for n, name in enumerate(STAGES, start=1)]
-        assert files[0].read_text().splitlines() == [job.command() for job in stages[0].jobs]
+    def test_all_models_keep_the_weights_by_the_same_rule(self, subjects, tmp_path):
+        for job in make_plan(tmp_path / "run", subjects, selection="inner"):
+            assert ("selection" in job.overrides) == job.stage.startswith("train_"), job.name
+            assert job.overrides.get("selection", "inner") == "inner"
+        assert not any("selection" in job.overrides for job in make_plan(tmp_path / "run", subjects))
+        with pytest.raises(UserError, match="unknown selection best: choose from paper, inner, last"):
+            make_plan(tmp_path / "run", subjects, selection="best")
+
+    def test_a_rule_for_one_of_the_models_is_refused(self, subjects, tmp_path, monkeypatch):
+        values = Overlays.values
+
+        def other_rule(self, bundle, *configs):
+            return values(self, bundle, *configs) | ({"selection": "last"} if bundle == "comnet_corrdiff" else {})
+
+        monkeypatch.setattr(Overlays, "values", other_rule)
+        with pytest.raises(UserError, match="another selection for MedNeXt than for CoMNeT"):
+            make_plan(tmp_path / "run", subjects)
 
 
-class TestOverlays:
-    def over(self, names, run_dir, bundle="comnet_mednext", configs=("train.json",)):
-        return Overlays(names, run_dir).over(bundle, *configs)
+class TestDigest:
+    def changed(self, before: dict[str, Job], after: dict[str, Job]) -> set[str]:
+        return {job.stage for name, job in after.items() if job.digest() != before[name].digest()}
 
-    def test_a_bundles_own_file_is_taken_where_it_exists(self, tmp_path):
-        assert self.over(["small.json"], tmp_path) == ("train.json", "small.json")
-        assert self.over(["small.json"], tmp_path, "comnet_ensemble", ("inference.json",)) == ("inference.json",)
+    def test_a_setting_that_only_the_corrector_knows_leaves_the_backbones_as_they_are(self, subjects, tmp_path):
+        mine, plans = tmp_path / "mine.json", []
+        for epochs in (1, 2):
+            mine.write_text(json.dumps({"vq_epochs": epochs, "spacing": [2.0, 2.0, 2.0]}))
+            plans.append(plan(subjects, tmp_path / "run", overlays=[str(mine)]))
+        assert self.changed(*plans) == {"predict_coarse", "train_comnet"}
 
-    def test_a_users_file_is_laid_over_every_config(self, tmp_path):
-        mine = tmp_path / "mine.json"
-        mine.write_text('{"spacing": [3, 3, 3], "max_epochs": 1}')
-        for bundle in ("comnet_mednext", "comnet_ensemble"):
-            assert self.over([str(mine)], tmp_path, bundle, ("inference.json",))[1:] == (mine,)
+    def test_neither_worker_processes_nor_the_place_of_a_run_count(self, subjects, tmp_path):
+        mine, plans = tmp_path / "mine.json", []
+        for workers, folder in ((1, "run"), (2, "elsewhere")):
+            mine.write_text(json.dumps({"num_workers": workers, "max_epochs": 3}))
+            moved = replace(subjects, datalist_file=tmp_path / folder / "datalist.json")
+            plans.append(plan(moved, tmp_path / folder, overlays=[str(mine)]))
+        assert config_names(plans[0]["train_mednext_fold0"]) != config_names(plans[1]["train_mednext_fold0"])
+        assert self.changed(*plans) == set()
+        mine.write_text(json.dumps({"num_workers": 3}))
+        workers_only = plan(subjects, tmp_path / "run", overlays=[str(mine)])
+        assert self.changed(plan(subjects, tmp_path / "run"), workers_only) == set()
+        job = plans[0]["train_mednext_fold0"]
+        assert replace(job, overrides=job.overrides | {"num_workers": 7}).digest() == job.digest()
 
-    def test_what_does_not_fit_into_a_config_is_left_out_of_a_copy(self, tmp_path):
-        own = json.loads((bundle_root("comnet_mednext") / "configs" / "demo.json").read_text())
-        assert any(key.startswith("train#") for key in own)
-        _, _, copy = self.over(["demo.json"], tmp_path, configs=("inference.json", "evaluate.json"))
-        assert json.loads(copy.read_text()) == {key: value for key, value in own.items() if "train#" not in key}
-        assert self.over(["demo.json"], tmp_path) == ("train.json", "demo.json")
+    def test_the_version_alone_does_not_count(self, subjects, tmp_path, monkeypatch):
+        before = plan(subjects, tmp_path / "run")
+        digests = {name: job.digest() for name, job in before.items()}
+        newer = tmp_path / "newer"
+        shutil.copytree(inputs.PACKAGE, newer / "custom", ignore=shutil.ignore_patterns("__pycache__", "bundles"))
+        for bundle in ("comnet_mednext", "comnet_corrdiff", "comnet_ensemble"):
+            shutil.copytree(bundle_root(bundle) / "configs", newer / "bundles" / bundle / "configs")
+        changed = 0
+        for file in (newer / "custom" / "__init__.py", *newer.glob("bundles/*/configs/*.json")):
+            text = file.read_text()
+            file.write_text(text.replace(f'"{__version__}"', '"99.0.0"'))
+            changed += file.read_text() != text
+        assert changed > 3
+        monkeypatch.setattr(inputs, "PACKAGE", newer / "custom")
+        monkeypatch.setattr(bundle_run, "bundle_root", lambda name: newer / "bundles" / name)
+        monkeypatch.setattr(inputs, "bundle_root", lambda name: newer / "bundles" / name)
+        assert {name: job.digest() for name, job in plan(subjects, tmp_path / "run").items()} == digests
+        (newer / "custom" / "corrdiff" / "denoiser.py").open("a").write("\nMORE = 1\n")
+        after = plan(subjects, tmp_path / "run")
+        stages = {job.stage for name, job in after.items() if job.digest() != digests[name]}
+        assert stages == {"predict_coarse", "train_comnet", "score_comnet", "ensemble"}
+        assert before["ensemble"].overrides["coarse_dir"] != after["ensemble"].overrides["coarse_dir"]
 
-    @pytest.mark.parametrize(
-        ("content", "reason"),
-        [
-            ('{"max_epoch": 1}', r"no config knows 'max_epoch': did you mean max_epochs"),
-            ('{"trian#dataset#data": 1}', r"no config knows 'trian#dataset#data'"),
-            ('{"fold": 1}', r"sets fold itself: take it out"),
-            ('{"seed": 1}', r"sets seed itself \(use --seed\)"),
-            ("[1]", "holds a list"),
-            ("{", "no JSON"),
-        ],
-    )
-    def test_what_cannot_be_meant_is_refused(self, content, reason, subjects, tmp_path):
-        mine = tmp_path / "mine.json"
-        mine.write_text(content)
-        with pytest.raises(ValueError, match=rf"mine\.json.*{reason}"):
-            make_plan(tmp_path, subjects, ["mednext"], [str(mine)])
-
-    def test_what_only_another_models_configs_know_is_not_refused(self, subjects, tmp_path):
-        mine = tmp_path / "mine.json"
-        mine.write_text('{"vq_epochs": 1, "corrector": "custom.corrdiff.corrdiff_tiny"}')
-        assert len(make_plan(tmp_path, subjects, ["segresnet"], [str(mine)])) == 3
-
-    def test_a_file_that_is_nowhere_is_refused(self, subjects, tmp_path):
-        with pytest.raises(UserError, match=r"tiny\.json: no such file, nor has any bundle"):
-            make_plan(tmp_path, subjects, ["mednext"], ["tiny.json"])
+    def test_the_content_of_configs_and_checkpoints_counts_and_their_place_does_not(self, tmp_path):
+        overlay = tmp_path / "mine.json"
+        overlay.write_text('{"max_epochs": 1}')
+        job = Job("a", tmp_path / "run", "comnet_mednext", ("train.json", overlay), overrides={"data": tmp_path / "x"})
+        digest = job.digest()
+        overlay.write_text('{\n  "max_epochs": 1\n}')
+        assert job.digest() == replace(job, overrides={"data": tmp_path / "y"}).digest() == digest
+        overlay.write_text('{"max_epochs": 2}')
+        assert job.digest() != digest
+        for change in ({"run_id": "other"}, {"cohort": "other"}, {"overrides": {"fold": 1}}):
+            assert replace(job, **change).digest() != job.digest()
+        reading = replace(job, reads=(tmp_path / "run" / "model.pt",))
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "model.pt").write_text("weights")
+        digest = reading.digest()
+        (tmp_path / "run" / "model.pt").write_text("other weights")
+        assert reading.digest() != digest
