@@ -10,7 +10,7 @@ from monai.bundle import ConfigParser
 from custom.bundle_run import bundle_command, bundle_root, config_value, known_reason, log_fault, run_bundle
 from custom.cohort import SubjectError
 from custom.cohort.four_channel import StackingError
-from custom.crossval.execute import JobsFailed
+from custom.crossval.runner import JobsFailed
 from custom.files import FileError, UserError
 from custom.release import PackingError, VersionError
 from custom.weights import CheckpointError
