@@ -192,17 +192,18 @@ def crossval(
     from .crossval.snakefile import write_snakefile
 
     chosen = choose_models(_listed(models))
-    subjects = prepare_subjects(str(datalist), output_dir, dataset_dir, num_folds, seed)
-    plan = make_plan(output_dir, subjects, chosen, _listed(config), seed, selection=selection)
+    run_dir = _path(output_dir)
+    subjects = prepare_subjects(_path(datalist), run_dir, _path(dataset_dir) if dataset_dir else None, num_folds, seed)
+    plan = make_plan(run_dir, subjects, chosen, _listed(config), seed, selection=selection)
     if snakefile:
-        write_snakefile(plan, snakefile)
+        write_snakefile(plan, _path(snakefile))
         print(f"snakemake --snakefile {snakefile} --cores all")
     elif dry_run:
         for stage, parts in groupby(plan, lambda job: job.stage):
             print(f"# {stage}", *(job.command() for job in parts), sep="\n")
     else:
-        run_plan(plan, output_dir, jobs)
-        tell_results(Path(output_dir))
+        run_plan(plan, run_dir, jobs)
+        tell_results(run_dir)
 
 
 def _listed(names: str | Sequence[str] | None) -> list[str]:

@@ -74,7 +74,7 @@ def _run(jobs: Sequence[Job], num_workers: int | None) -> list[tuple[Job, str]]:
     order = TopologicalSorter({job.name: [other.name for other in job.needs(jobs)] for job in jobs})
     order.prepare()
     todo, by_name = list(order.get_ready()), {job.name: job for job in jobs}
-    running: dict[int, tuple[Any, Job, str, str | None, float]] = {}
+    running: dict[Any, tuple[Any, Job, str, str | None, float]] = {}
     failures: list[tuple[Job, str]] = []
     with tqdm(total=len(jobs), desc="crossval", unit="job", smoothing=0, dynamic_ncols=True) as bar:
         try:
@@ -97,8 +97,7 @@ def _run(jobs: Sequence[Job], num_workers: int | None) -> list[tuple[Job, str]]:
                     process, job, digest, gpu, started = running.pop(sentinel)
                     process.join()
                     free.append(gpu)
-                    told = job.failure(process.exitcode)
-                    if told:
+                    if told := job.failure(process.exitcode):
                         failures.append((job, told))
                     else:
                         told = job.finish(digest, time.perf_counter() - started, process.exitcode)
@@ -146,5 +145,6 @@ def _work(job: Job, gpu: str | None, count: int) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
