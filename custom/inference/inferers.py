@@ -35,16 +35,20 @@ class WholeVolumeInferer(Inferer):
 
     Args:
         divisor: every spatial size is padded with zeros (the background) to a multiple of this; 16 for MedNeXt.
+        execution: turns a network into what executes it, such as :class:`custom.mednext.runtime.Runtime`: servers take
+            the inferer of a bundle and call it with a network of their own.
     """
 
-    def __init__(self, divisor: int = 16) -> None:
+    def __init__(self, divisor: int = 16, execution: Callable[[Any], Any] | None = None) -> None:
         super().__init__()
         self.divisor = divisor
+        self.execution = execution
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Infer ``[B, C, *spatial]`` of any size; the result has the same spatial size and, if any, metadata."""
+        network = network if self.execution is None else self.execution(network)
         image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         padding = [(-size) % self.divisor for size in image.shape[2:]]
         padded = F.pad(image, [amount for size in reversed(padding) for amount in (size // 2, size - size // 2)])
@@ -65,10 +69,17 @@ class FewWindowsInferer(WholeVolumeInferer):
         patch_size: size of the training patch; a window has at most as many voxels, of any shape.
         overlap: least number of voxels that neighbours share.
         divisor: every window size is a multiple of this; 16 for MedNeXt.
+        execution: see :class:`WholeVolumeInferer`.
     """
 
-    def __init__(self, patch_size: Sequence[int], overlap: int = 8, divisor: int = 16) -> None:
-        super().__init__(divisor)
+    def __init__(
+        self,
+        patch_size: Sequence[int],
+        overlap: int = 8,
+        divisor: int = 16,
+        execution: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__(divisor, execution)
         self.patch_size = tuple(patch_size)
         self.overlap = overlap
 
@@ -76,6 +87,7 @@ class FewWindowsInferer(WholeVolumeInferer):
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Infer ``[B, C, *spatial]`` of any size; the result has the same spatial size and, if any, metadata."""
+        network = network if self.execution is None else self.execution(network)
         size = inputs.shape[2:]
         window, counts = self.plan(size)
         if math.prod(counts) == 1:

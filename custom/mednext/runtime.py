@@ -60,16 +60,33 @@ class Runtime:
         for value, known, option in ((runtime, RUNTIMES, "runtime"), (precision, PRECISIONS, "precision")):
             if value not in known:
                 raise UserError(f"no {option} {value!r}: choose one of {', '.join(known)}")
+        self.choice, self.precision, self.device = runtime, precision, torch.device(device)
         self.required = runtime == "openvino"
+        self.cache_dir = user_cache() if cache_dir is True else cache_dir or None
+        self.served: tuple[nn.Module, nn.Module] | None = None
         self.network, self.label = network, "torch"
-        if runtime != "torch" and self._fits(network) and self._is_possible(torch.device(device)):
-            from .openvino import Program, has_bf16
+        if runtime != "torch" and self._fits(network) and self._is_possible(self.device):
+            self.network, self.label = self._executed(network), f"openvino {precision}"
 
-            if precision == "bf16" and not has_bf16():
-                raise UserError("this processor has no bfloat16 arithmetic: use --precision fp32")
-            cache_dir = user_cache() if cache_dir is True else cache_dir or None
-            program = Program(precision, cache_dir, fixed=len(mednexts(network)) == 1)
-            self.network, self.label = self._replaced(network, program), f"openvino {precision}"
+    def __call__(self, network: nn.Module) -> nn.Module:
+        """Return a network of someone else's, such as the copy that MONAI Label keeps, executed by the same settings.
+
+        A server keeps its networks, so that compiling pays at any size. And PyTorch's threads spin there between two
+        tasks (GOMP_SPINCOUNT is read when PyTorch is imported), which on shared cores takes most of the time.
+        """
+        if self.choice == "torch" or network is self.network or not isinstance(network, nn.Module):
+            return network
+        if self.served is None or network not in self.served:
+            possible = mednexts(network) and self._is_possible(self.device)
+            self.served = network, self._executed(network) if possible else network
+        return self.served[1]
+
+    def _executed(self, network: nn.Module) -> nn.Module:
+        from .openvino import Program, has_bf16
+
+        if self.precision == "bf16" and not has_bf16():
+            raise UserError("this processor has no bfloat16 arithmetic: use --precision fp32")
+        return self._replaced(network, Program(self.precision, self.cache_dir, fixed=len(mednexts(network)) == 1))
 
     def _fits(self, network: nn.Module) -> bool:
         backbones = mednexts(network)

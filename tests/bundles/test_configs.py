@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pydoc
 import re
@@ -141,6 +142,21 @@ def test_mixed_precision_follows_the_device_and_not_the_machine(path, there, mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     for device, mixed in (("$torch.device('cpu')", False), ("cpu", False), ("cuda:1", True)):
         assert parser(path, device=device).get_parsed_content("amp") is mixed
+
+
+@pytest.mark.parametrize("bundle", ["comnet_mednext", "comnet_corrdiff", "comnet_ensemble"])
+def test_what_monai_label_takes_of_a_bundle_runs_in_openvino(bundle):
+    """It parses network_def and inferer, and calls the one with a loaded copy of the other (MONAI Label 0.8.5)."""
+    pytest.importorskip("openvino")
+    tiny = {"backbone": "custom.mednext.mednext_tiny", "corrector": "custom.corrdiff.corrdiff_tiny"}
+    config = parser(BUNDLES / bundle / "configs" / "inference.json", **tiny, compile_cache=False, device="cpu")
+    network = copy.deepcopy(config.get_parsed_content("network_def")).eval()
+    inferer = config.get_parsed_content("inferer")
+    with torch.no_grad():
+        inferer(torch.zeros(1, 4, 32, 32, 32), network)
+    served, executed = inferer.execution.served
+    names = {type(module).__name__ for module in executed.modules()}
+    assert served is network and "OpenVINOMedNeXt" in names
 
 
 def test_image_preprocessing_is_the_same_everywhere():

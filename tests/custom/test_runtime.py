@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 from torch import nn
 
 from custom.comnet import CoMNeT, Segmentation
+from custom.inference import FewWindowsInferer, WholeVolumeInferer
 from custom.mednext import MedNeXt, mednext_base, mednext_tiny
 from custom.mednext.openvino import MedNeXtGraph, OpenVINOMedNeXt, Program, core, has_bf16, prune
 from custom.mednext.runtime import Runtime
@@ -121,6 +122,28 @@ def test_an_ensemble_is_compiled_once_and_averages_its_own_folds():
     randomise(slow.backbones[1], 9)  # weights come after the network was made
     assert_close(runtime.network(x).sigmoid(), slow(x).sigmoid(), 1e-4)
     assert runtime.network.backbones[0].program.compiled is compiled
+
+
+def test_a_network_of_a_server_is_executed_too_whatever_its_size():
+    """MONAI Label calls the bundle's inferer with a copy of network_def that it has loaded itself."""
+    runtime, served, x = Runtime(ensemble(), "auto"), ensemble(), images(size=SIZE)
+    assert runtime.label == "torch", "too small to be compiled for one run"
+    executed = runtime(served)
+    assert all(isinstance(backbone, OpenVINOMedNeXt) for backbone in executed.backbones)
+    assert_close(executed(x).sigmoid(), served(x).sigmoid(), 1e-4)
+    assert runtime(served) is executed and runtime(executed) is executed
+    assert runtime(runtime.network) is runtime.network
+    assert runtime(len) is len and Runtime(served, "torch")(executed) is executed
+
+
+@pytest.mark.parametrize("inferer", [FewWindowsInferer((48, 48, 48)), WholeVolumeInferer()])
+def test_an_inferer_brings_the_runtime_along(inferer):
+    inferer.execution, seen = Runtime(ensemble(), "auto"), []
+    served = ensemble()
+    for backbone in served.backbones:
+        backbone.register_forward_hook(lambda *_: seen.append("torch"))
+    inferer(images(size=(40, 50, 40)), served)
+    assert not seen and inferer.execution.served[0] is served
 
 
 def test_the_network_given_stays_as_it_is():
