@@ -61,6 +61,8 @@ LABELS = {
 HIGHER_IS_BETTER = ("dice", "nsd", "f1", "found")
 LOWER_IS_BETTER = ("hd95", "ece", "calibration", "error", "brier", "false")
 COMPARISONS = (("CoMNeT", "MedNeXt"), ("MedNeXt", "SegResNet"), ("CoMNeT", "SegResNet"))
+STANDS_ON = {"CoMNeT": "MedNeXt"}
+"""A model whose figures the choice of another's epochs touches too: its backbones are the other's."""
 DIFFERENCE_COLUMNS = (
     "model", "baseline", "convention", "region", "selection", "pairs", "difference", "low", "high", "method", "p"
 )  # fmt: skip
@@ -247,16 +249,18 @@ def difference_rows(scores: Scores, seed: int = 0, num_resamples: int = 9999) ->
     Returns:
         One row per comparison, convention for empty regions, and ET, TC, WT and Average (a subject's mean over its
         regions); `low` and `high` are the limits of the 95 % interval. They and `p` are NaN, and `method` None, where
-        the scored subjects have had a say in the epochs of one of the two models (`metrics.may_infer`).
+        the scored subjects have had a say in the epochs of one of the two models, or of the backbones that one stands
+        on (`metrics.may_infer`).
     """
     present, rows = set(models_of(scores)), []
     for pair in (pair for pair in COMPARISONS if present.issuperset(pair)):
         own = [score for score in scores if str(score["model"]) in pair]
-        confidence = 0.95 if may_infer(selections(own)) else None
+        judged = [score for score in scores if str(score["model"]) in {*pair, *map(STANDS_ON.get, pair)}]
+        confidence = 0.95 if may_infer(selections(judged)) else None
         for convention in (one for one in CONVENTIONS if is_known(scores, one)):
             name = "dice_brats" if convention == BRATS else "dice"
             found = paired_differences(own, *pair, name, seed, confidence, num_resamples)
-            names = {"model": pair[0], "baseline": pair[1], "convention": convention, "selection": _rule(own)}
+            names = {"model": pair[0], "baseline": pair[1], "convention": convention, "selection": _rule(judged)}
             for column in COLUMNS:
                 one = found["mean" if column == AVERAGE else column]
                 low, high = one["interval"]

@@ -86,6 +86,14 @@ def test_only_comparisons_without_a_choice_keep_their_intervals(three_models) ->
     assert "CoMNeT − MedNeXt, CoMNeT − SegResNet: Means only" in caption and "95 % bootstrap interval" in caption
 
 
+def test_a_corrector_stands_on_its_backbones(three_models) -> None:
+    rules = {"SegResNet": "last", "MedNeXt": "paper", "CoMNeT": "last"}
+    rows = difference_rows([row | {"selection": rules[row["model"]]} for row in three_models])
+    assert all(math.isnan(row["low"]) and math.isnan(row["p"]) for row in rows)
+    without = [row | {"selection": "last"} for row in three_models if row["model"] != "MedNeXt"]
+    assert not any(math.isnan(row["low"]) for row in difference_rows(without))
+
+
 def test_every_table_says_the_rule(three_models) -> None:
     assert "“paper”" in table2(three_models, "skip").caption and "“paper”" in table2_text(three_models)
     last = [row | {"selection": "last"} for row in three_models]
