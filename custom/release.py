@@ -152,10 +152,32 @@ def bundle_files(bundle: Path, checkpoint: Path | None = None, base_url: str = "
     files["LICENSE"] = (bundle / "LICENSE").read_bytes()
     if checkpoint is None:
         return files | {"models/README.md": NO_WEIGHTS.encode()}
-    files["models/model.pt"] = _as_bytes(plain_state_dict(state, facts))
+    released = facts.get("release")  # whose digest stands in the code
+    files["models/model.pt"] = checkpoint.read_bytes() if released else _as_bytes(plain_state_dict(state, facts))
     if len(files["models/model.pt"]) > LARGE_FILE:
         files["large_files.yml"] = _large_files(bundle.name, files["models/model.pt"], base_url)
     return files
+
+
+def release_weights(source: str | Path, target: str | Path, **facts: Any) -> str:
+    """Write weights as they are released: in half precision, and with provenance that says so.
+
+    Values that half precision cannot hold, such as the sums of a codebook, stay as they are.
+
+    Args:
+        source: a checkpoint.
+        target: file to write, such as `bundles/comnet_ensemble/models/model.pt`.
+        facts: what its provenance says besides or instead, such as `notes`, which stands on every report.
+
+    Returns:
+        The SHA-256 to enter into `custom.weights.RELEASED`: until then the file is refused.
+    """
+    state, found = read_checkpoint(source)
+    halves = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    smaller = {name: half if half.isfinite().all() else state[name] for name, half in halves.items()}
+    with whole_file(target) as temporary:
+        temporary.write_bytes(_as_bytes(plain_state_dict(smaller, found | {"release": __version__} | facts)))
+    return file_sha256(target)
 
 
 def plain_state_dict(state: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> OrderedDict[str, torch.Tensor]:

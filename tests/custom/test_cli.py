@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from custom import cli
+from custom import weights as module
 from custom.mednext import mednext_tiny
 from custom.phantom import write_cohort
+from custom.release import release_weights
 from custom.weights import NUM_FOLDS, fold_checkpoint, save_atomically
 
 SPACING = [5.0, 5.0, 5.0]
@@ -90,6 +92,37 @@ def test_wrong_use_is_one_clear_line(words, message, weights, tmp_path):
 def test_missing_weights_are_one_clear_line(dataset, tmp_path):
     told = comnet("segment", dataset, "--output_dir", tmp_path / "out", "--weights", tmp_path / "none")
     assert "no weights at" in told and "name yours by --weights" in told
+
+
+def test_without_weights_the_released_ones_are_asked_for(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "bundle_root", lambda name: tmp_path / name)
+    told = comnet("segment", dataset, "--output_dir", tmp_path / "out")
+    assert f"no weights at {tmp_path / 'comnet_ensemble' / 'models'}" in told and "\n" not in told
+
+
+def test_released_weights_segment_and_a_damaged_file_makes_no_mask(dataset, weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "bundle_root", lambda name: tmp_path / name)
+    path = tmp_path / "comnet_ensemble" / "models" / "model.pt"
+    digest = release_weights(fold_checkpoint(weights, 0), path, notes="trained on 34 subjects, research use")
+    monkeypatch.setattr(module, "RELEASED", {"comnet_ensemble": digest})
+    words = ("segment", dataset / "BT0001", "--nopictures", "--output_dir")
+    assert comnet(*words, tmp_path / "out") == 0
+    assert "weights: trained on 34 subjects, research use" in capsys.readouterr().err
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    told = comnet(*words, tmp_path / "damaged")
+    assert str(path) in told and "\n" not in told and not list((tmp_path / "damaged").rglob("*_seg.nii.gz"))
+
+
+opened: list[str] = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+
+
+def test_a_segmentation_reads_each_file_of_weights_once(dataset, weights, tmp_path):
+    opened.clear()
+    assert comnet("segment", dataset / "BT0001", "--output_dir", tmp_path, "--weights", weights, "--nopictures") == 0
+    assert [opened.count(str(fold_checkpoint(weights, fold))) for fold in range(NUM_FOLDS)] == [1] * NUM_FOLDS
 
 
 def test_weights_cannot_name_any_other_code(dataset, tmp_path):

@@ -12,6 +12,7 @@ from torch import nn
 
 from custom import weights as module
 from custom.comnet import CoMNeT
+from custom.release import release_weights
 from custom.weights import (
     CheckpointError,
     Provenance,
@@ -258,13 +259,31 @@ def test_missing_truncated_and_unsafe_files_are_named(tmp_path):
 
 
 def released(tmp_path, monkeypatch):
-    path = save(tmp_path / "model.pt", nn.Linear(30, 20), release="0.2.0", notes="34 subjects")
-    monkeypatch.setattr(module, "RELEASED", {"comnet_ensemble": module.hashlib.sha256(path.read_bytes()).hexdigest()})
-    return path
+    torch.manual_seed(0)
+    source = save(tmp_path / "trained.pt", nn.Linear(30, 20), trained_on=["a"], notes="fold 0")
+    digest = release_weights(source, tmp_path / "model.pt", notes="34 subjects")
+    monkeypatch.setattr(module, "RELEASED", {"comnet_ensemble": digest})
+    return tmp_path / "model.pt"
+
+
+def test_a_release_is_half_as_large_and_says_what_it_is(tmp_path, monkeypatch):
+    weights, network = Weights(released(tmp_path, monkeypatch)), nn.Linear(30, 20)
+    assert weights.note == "34 subjects" and weights.trained_on == {"a"} and weights.facts["release"]
+    weights.load(network)
+    original = read_checkpoint(tmp_path / "trained.pt")[0]
+    assert torch.equal(network.weight, original["weight"].half().float())
+    assert isinstance(torch.load(weights.files[0], weights_only=True)["weight"], torch.Tensor), "a plain state dict"
+
+
+def test_values_too_large_for_half_precision_stay(tmp_path):
+    save_atomically({"model": {"sums": torch.tensor([1e6]), "n": torch.tensor([3])}}, tmp_path / "source.pt")
+    release_weights(tmp_path / "source.pt", tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert state["sums"].item() == 1e6 and state["n"].dtype == torch.int64
 
 
 def test_a_released_file_is_the_one_that_this_version_knows(tmp_path, monkeypatch):
-    assert Weights(released(tmp_path, monkeypatch)).note == "34 subjects"
+    assert Weights(released(tmp_path, monkeypatch)).sha256
     other = save(tmp_path / "other.pt", nn.Linear(30, 20), release="0.2.0", notes="34 subjects")
     with pytest.raises(CheckpointError, match="other.pt is damaged or of another release"):
         _ = Weights(other).note
