@@ -1,4 +1,4 @@
-"""What resuming looks at before it goes on, and publishing. Exactness is tested in test_training.py."""
+"""What resuming looks at before it goes on, and publishing. Exactness is tested in test_training_handlers.py."""
 
 from __future__ import annotations
 
