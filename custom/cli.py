@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bundle_run import bundle_root, ensemble_settings, known_reason, log_fault, run_bundle
+from .clinical.commands import prepare, segment_raw
 from .files import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ def segment(
     probabilities: bool = False,
     uncertainty: bool = False,
     pictures: bool = True,
+    raw: bool = False,
+    without: str = "",
+    study: int | None = None,
+    brain_mask: str | None = None,
+    keep_names: bool = False,
+    every_series: bool = False,
     **overrides: Any,
 ) -> None:
     """Segment subjects: label map on each subject's own grid, volumes.csv, pictures and report.html.
@@ -57,9 +64,26 @@ def segment(
         uncertainty: also write how far folds and samples disagree, as a standard deviation of these probabilities;
             --num_samples 5 samples CorrDiff five times.
         pictures: draw a picture of each subject and the report.
+        raw: the inputs are studies as they left the scanner, DICOM or NIfTI: they are prepared first (see `comnet
+            prepare`, whose options these are then: t1n to flair name series, without, study, brain_mask, keep_names),
+            and masks come back on the grid of T1c as scanned, and as DICOM-SEG.
+        without: with raw, modalities that may be missing.
+        study: with raw, which study of a folder that holds several.
+        brain_mask: with raw, a brain mask of one's own.
+        keep_names: with raw, name results after the study's folder instead of study-<hash>.
+        every_series: with raw, masks also on the grids of T1n, T2w and T2-FLAIR as scanned.
         overrides: any other value of the bundle's inference.json, by name.
     """
-    dataset = _dataset(inputs, {"t1n": t1n, "t1c": t1c, "t2w": t2w, "flair": flair}, name)
+    files = {"t1n": t1n, "t1c": t1c, "t2w": t2w, "flair": flair}
+    preparing: dict[str, Any] = {
+        "without": without,
+        "number": study,
+        "brain_mask": brain_mask,
+        "keep_names": keep_names,
+    }
+    if not raw and (any(preparing.values()) or every_series):
+        raise UserError("--without, --study, --brain_mask, --keep_names and --every_series go with --raw")
+    dataset = None if raw else _dataset(inputs, files, name)
     from .weights import Weights
 
     there = _path(weights) if weights else bundle_root("comnet_ensemble") / "models"
@@ -68,18 +92,29 @@ def segment(
     print(f"weights: {found.note}", file=sys.stderr)
     if sliding_window:
         settings["inferer"] = "@sliding_window"
-    run_bundle(
-        "comnet_ensemble",
-        "inference.json",
-        dataset_dir=dataset,
-        output_dir=_path(output_dir),
-        weights_dir=found.path,
-        runtime=runtime,
-        write_probabilities=probabilities,
-        write_uncertainty=uncertainty,
-        write_pictures=pictures,
-        **(settings | {key: _override(key, value) for key, value in overrides.items()}),
-    )
+
+    def run(dataset: Any) -> None:
+        run_bundle(
+            "comnet_ensemble",
+            "inference.json",
+            dataset_dir=dataset,
+            output_dir=_path(output_dir),
+            weights_dir=found.path,
+            runtime=runtime,
+            write_probabilities=probabilities or raw,
+            write_uncertainty=uncertainty,
+            write_pictures=pictures,
+            **(settings | values),
+        )
+
+    values = {key: _override(key, value) for key, value in overrides.items()}
+    if not raw:
+        run(dataset)
+        return
+    delivering = {key: values.get(key, found.tuned[key]) for key in ("thresholds", "min_volume_mm3")}
+    delivering |= {"palette": values.get("output_palette", "brats2023"), "every_series": every_series}
+    preparing |= {"chosen": files, "without": _listed(without), "pictures": pictures}
+    segment_raw([_path(one) for one in inputs], _path(output_dir), run, preparing, delivering)
 
 
 def _path(name: str | Path) -> Path:
@@ -312,7 +347,8 @@ def demo(output_dir: str = "runs/demo", seed: int = 0, num_subjects: int = 10, n
 
 SPIN_COUNT = "1000"
 SUBCOMMANDS = {
-    function.__name__: function for function in (demo, demo_training, segment, validate, crossval, report, stack, pack)
+    function.__name__: function
+    for function in (demo, demo_training, prepare, segment, validate, crossval, report, stack, pack)
 }
 
 

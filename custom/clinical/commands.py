@@ -1,0 +1,97 @@
+"""`comnet prepare`, and what `comnet segment --raw` does before and after the bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def prepare(
+    *studies: str,
+    output_dir: str,
+    t1n: str | None = None,
+    t1c: str | None = None,
+    t2w: str | None = None,
+    flair: str | None = None,
+    without: str = "",
+    study: int | None = None,
+    brain_mask: str | None = None,
+    keep_names: bool = False,
+    pictures: bool = True,
+) -> None:
+    """Prepare studies as they left the scanner: find the series, register them to T1c, skull-strip them.
+
+    Each study becomes a subject folder, `study-<hash>`, for `comnet segment`; the hash names nobody, and studies.csv
+    beside it, which only you can read, says whose it is. Needs: pip install 'comnet-glioma[clinical]'.
+
+    Exit codes: 0 all prepared, 3 some could not be, 4 none could be, 1 could not start.
+
+    Args:
+        studies: folders of DICOM or NIfTI files, or zip files; one study each. Nothing is written there.
+        output_dir: folder for the results; what is prepared already is not done again.
+        t1n: the series that is T1n, where the command asks which: its number in series.csv, or a NIfTI file's name.
+        t1c: the series that is T1c.
+        t2w: the series that is T2w.
+        flair: the series that is T2-FLAIR.
+        without: modalities that may be missing, such as t1c; such a study can be looked at, not segmented.
+        study: which study of a folder that holds several, counted by date from 1.
+        brain_mask: a brain mask of one's own, on any grid in T1c's space.
+        keep_names: name results after the study's folder instead of study-<hash>.
+        pictures: draw preparation.png: look at it before you trust what follows.
+    """
+    from ..batch import EXIT_NONE_SEGMENTED, EXIT_SOME_FAILED
+    from .study import prepare_studies
+
+    prepared, failures = prepare_studies(
+        [Path(one).expanduser() for one in studies],
+        Path(output_dir).expanduser(),
+        chosen={"t1n": t1n, "t1c": t1c, "t2w": t2w, "flair": flair},
+        without=[word.strip() for word in without.split(",") if word.strip()],
+        number=study,
+        brain_mask=brain_mask,
+        keep_names=keep_names,
+        pictures=pictures,
+    )
+    for one in prepared:
+        print(one.folder)
+    if failures:
+        raise SystemExit(EXIT_SOME_FAILED if prepared else EXIT_NONE_SEGMENTED)
+
+
+def segment_raw(
+    studies: Sequence[Path],
+    output_dir: Path,
+    run: Callable[[list[Path]], None],
+    preparing: Mapping[str, Any],
+    delivering: Mapping[str, Any],
+) -> None:
+    """Prepare studies, run the bundle on what is prepared, and bring the masks back to where each was scanned.
+
+    Args:
+        studies: as they left the scanner.
+        output_dir: for the results; what is prepared lies in its folder `prepared`.
+        run: runs the bundle on subject folders.
+        preparing: options of `prepare_study`.
+        delivering: options of `deliver`.
+
+    Raises:
+        SystemExit: with the code of the bundle, with 3 where a study could not be prepared, 4 where none could.
+    """
+    from ..batch import EXIT_NONE_SEGMENTED, EXIT_SOME_FAILED
+    from .masks import deliver
+    from .study import prepare_studies
+
+    prepared, failures = prepare_studies(studies, output_dir / "prepared", **preparing)
+    if not prepared:
+        raise SystemExit(EXIT_NONE_SEGMENTED)
+    code: Any = EXIT_SOME_FAILED if failures else 0
+    try:
+        run([one.folder for one in prepared])
+    except SystemExit as stop:
+        code = stop.code or code
+    for one in prepared:
+        if (output_dir / one.name / f"{one.name}_prob.nii.gz").is_file():  # the report says what became of the others
+            deliver(one, output_dir, **delivering)
+    if code:
+        raise SystemExit(code)

@@ -1,0 +1,77 @@
+"""`comnet prepare` and `comnet segment --raw` on the synthetic scanner's study."""
+
+from __future__ import annotations
+
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from custom import cli
+from custom.mednext import mednext_tiny
+from custom.weights import NUM_FOLDS, fold_checkpoint, save_atomically
+
+for _library in ("dcm2niix", "highdicom", "SimpleITK"):
+    pytest.importorskip(_library, reason="needs the extra clinical: pip install 'comnet-glioma[clinical]'")
+
+
+def comnet(*words):
+    try:
+        cli.main([str(word) for word in words])
+    except SystemExit as leave:
+        return leave.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Untrained folds whose output is tumour nearly everywhere: what comes back is tested, not how good it is."""
+    folder = tmp_path_factory.mktemp("weights")
+    for fold in range(NUM_FOLDS):
+        torch.manual_seed(fold)
+        network = mednext_tiny()
+        with torch.no_grad():
+            network.out_blocks[0].conv_out.bias += 5.0
+        facts = {"backbone": "custom.mednext.mednext_tiny", "spacing": [5.0] * 3, "num_folds": NUM_FOLDS}
+        save_atomically({"model": network.state_dict(), "provenance": facts}, fold_checkpoint(folder, fold))
+    return folder
+
+
+def test_prepare_takes_up_what_is_there_and_goes_on_after_a_bad_study(
+    scan, prepared, brain_mask, tmp_path, capsys, caplog
+):
+    shutil.copytree(prepared.folder, tmp_path / prepared.name)
+    words = ("prepare", scan.folder, "--output_dir", tmp_path, "--brain_mask", brain_mask)
+    assert comnet(*words) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / prepared.name)
+    (tmp_path / "empty").mkdir()
+    assert comnet("prepare", tmp_path / "empty", "--output_dir", tmp_path / "out") == 4
+    assert "it is empty" in caplog.text
+    assert "give one at a time" in str(comnet("prepare", scan.folder, tmp_path, "--t1c", 5, "--output_dir", tmp_path))
+
+
+def test_segment_raw_brings_masks_back_to_the_scanner(scan, prepared, brain_mask, weights, tmp_path):
+    import highdicom as hd
+
+    shutil.copytree(prepared.folder, tmp_path / "prepared" / prepared.name)
+    words = ("segment", scan.folder, "--raw", "--output_dir", tmp_path, "--weights", weights)
+    assert comnet(*words, "--brain_mask", brain_mask, "--every_series", "--runtime", "torch") == 0
+    folder = tmp_path / prepared.name
+    for modality in prepared.images:
+        mask, scanned = (
+            nib.load(folder / f"{prepared.name}_seg_{modality}.nii.gz"),
+            nib.load(prepared.scanned(modality)),
+        )
+        np.testing.assert_allclose(mask.affine, scanned.affine, atol=1e-5)
+        assert mask.shape == scanned.shape
+        assert np.asanyarray(mask.dataobj).any()
+    mask = np.asanyarray(nib.load(folder / f"{prepared.name}_seg_t1c.nii.gz").dataobj)
+    read = hd.seg.segread(folder / f"{prepared.name}_seg.dcm").get_volume(combine_segments=True).array
+    assert (read > 0).sum() == (mask > 0).sum()
+    assert (folder / f"{prepared.name}_scanned.png").stat().st_size > 10_000
+
+
+def test_options_of_raw_studies_go_with_raw(tmp_path):
+    assert "go with --raw" in str(comnet("segment", tmp_path, "--output_dir", tmp_path, "--brain_mask", "x.nii.gz"))
