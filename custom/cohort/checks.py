@@ -27,6 +27,7 @@ MOST_MM = 600.0
 MOST_LABELS = 6
 LEAST_BACKGROUND = 0.05
 MOST_NOISE = 1e-3
+MOST_GAP = 1e-2
 MAGNITUDES = (1e-12, 1e12)
 MOST_HIDDEN_BRAIN = 0.5
 
@@ -182,7 +183,8 @@ def zero_background(voxels: np.ndarray) -> tuple[np.ndarray, str]:
     """Set the background to 0 where it is something else: NaN or infinity, one value, or slight noise around one.
 
     The background is what most of the border holds. NaN counts only where it hangs together with the border; voxels of
-    0 in the brain stay foreground.
+    0 in the brain stay foreground. Where the brain has negative values above the background, as in z-scores, the image
+    is shifted until it starts just above 0.
 
     Args:
         voxels: [x, y, z].
@@ -206,8 +208,10 @@ def zero_background(voxels: np.ndarray) -> tuple[np.ndarray, str]:
     if low == high or value == noise == 0 or noise > MOST_NOISE * max(high - value, value - low):
         return voxels, was
     background = np.abs(voxels - value) <= noise if noise else voxels == value
-    inside = np.where(voxels == 0, MOST_NOISE * (high - low), voxels) if value else voxels
-    return np.where(background, 0, inside), f"noise around {value:.2g}" if noise else f"{value:.4g}"
+    floor, said = float(voxels[~background].min()), f"noise around {value:.2g}" if noise else f"{value:.4g}"
+    if value < floor < 0:  # as in z-scores: 0 is no floor, and resampling would blend the brain's rim with its mean
+        return np.where(background, 0, voxels - max(value, floor - MOST_GAP * (high - floor))), said
+    return np.where(background, 0, np.where(voxels == 0, MOST_NOISE * (high - low), voxels) if value else voxels), said
 
 
 def _border(voxels: np.ndarray) -> np.ndarray:

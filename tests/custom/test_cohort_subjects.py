@@ -19,7 +19,7 @@ from monai.transforms import Compose, NormalizeIntensityd
 
 from custom import cohort
 from custom.cohort import SubjectError, check_subject, find_subjects, subjects_from_names
-from custom.transforms import LoadSubjectd
+from custom.transforms import LoadSubjectd, ResampleToSpacingd
 
 
 def names_of(layout: str, folder: str = "case") -> list[str]:
@@ -335,7 +335,10 @@ class TestPutRight:
     def test_a_background_that_is_not_zero(self, tmp_path: Path, kind: str, which: slice) -> None:
         folder = make_subject(tmp_path / "S1")
         (item,) = cohort.Cohort(tmp_path).inputs()
-        normalise = Compose([LoadSubjectd("image"), NormalizeIntensityd("image", nonzero=True, channel_wise=True)])
+        finer = ResampleToSpacingd("image", [0.8, 1.1, 1.7])
+        normalise = Compose(
+            [LoadSubjectd("image"), finer, NormalizeIntensityd("image", nonzero=True, channel_wise=True)]
+        )
         expected = normalise(item)
         for file in item["image"][which]:
             save(Path(file), BACKGROUNDS[kind](np.asarray(nib.load(file).dataobj)))
