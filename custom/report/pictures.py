@@ -223,7 +223,7 @@ def write_qc_picture(
         OSError: a file cannot be read, or the picture cannot be written.
     """
     scan = _load(image_paths, label_map_path, palette, reference_path, reference_palette)
-    save_figure(path, qc_figure(**scan, palette=palette, **texts))
+    save_figure(path, qc_figure(**scan | texts))
 
 
 def write_truth_picture(
@@ -237,7 +237,7 @@ def write_truth_picture(
 ) -> None:
     """Writes `truth_figure` of NIfTI files (paper, Figure 2); arguments and errors as of `write_qc_picture`."""
     scan = _load(image_paths, label_map_path, palette, reference_path, reference_palette)
-    save_figure(path, truth_figure(**scan, palette=palette, **texts))
+    save_figure(path, truth_figure(**scan | texts))
 
 
 def save_figure(path: PathLike, figure: Figure) -> None:
@@ -253,7 +253,7 @@ def _load(
     reference_path: PathLike | None,
     reference_palette: str,
 ) -> dict[str, Any]:
-    """Images, label map, reference in its palette (or None) and spacing; axes to the Right, Anterior and Superior."""
+    """Images, masks in one palette, and spacing, as the figures name them; axes to the Right, Anterior and Superior."""
     target = nib.as_closest_canonical(nib.load(label_map_path))
     reference = None
     if reference_path is not None:
@@ -268,7 +268,7 @@ def _load(
     images = [zero_background(_load_on_grid(image, target, order=1))[0] for image in files]
     spacing = [float(size) for size in target.header.get_zooms()[:3]]
     label_map = np.asarray(target.dataobj).squeeze()
-    return {"images": images, "label_map": label_map, "reference": reference, "spacing": spacing}
+    return {"images": images, "label_map": label_map, "reference": reference, "spacing": spacing, "palette": palette}
 
 
 def _load_on_grid(image: nib.spatialimages.SpatialImage, target: nib.Nifti1Image, order: int) -> np.ndarray:
