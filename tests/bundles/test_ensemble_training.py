@@ -67,9 +67,10 @@ def built(parts, phantoms, tmp_path_factory) -> Path:
 
 def test_an_untrained_corrector_changes_nothing_and_is_left_out(built):
     tuning = json.loads((built / "tuning.json").read_text(encoding="utf-8"))
-    assert tuning["num_subjects"] == 6
+    assert tuning["num_subjects"] == 6 and tuning["selection"] == "paper"
     for region in tuning["regions"].values():
-        assert region["refine"] is False and region["difference"] == 0 and region["interval"] == [0, 0]
+        assert region["refine"] is False and region["difference"] == 0
+        assert region["interval"] == [None, None], "the epochs may have been chosen on these subjects"
         assert region["dice_coarse"] == region["dice_refined"] == region["dice_default"]
         assert region["adopted"] is (region["dice_tuned"] > region["dice_default"])
         if not region["adopted"]:
