@@ -310,7 +310,7 @@ def pack(output_dir: str = "dist", weights: str | None = None, repo: str = "") -
 
     Args:
         output_dir: folder for the release.
-        weights: output folder of `comnet crossval`, whose weights go into the zips; by default there are none in them.
+        weights: output folder of `comnet crossval`, whose weights go into the zips; by default the released ones.
         repo: owner/repository/tag of the release on GitHub, for the addresses in model_info.json.
     """
     from .release import pack as write_release

@@ -17,7 +17,7 @@ import torch
 
 from . import __version__
 from .files import UserError, file_sha256, whole_file, write_text
-from .weights import PROVENANCE_KEY, TRUSTED, CheckpointError, check_settings, read_checkpoint
+from .weights import PROVENANCE_KEY, TRUSTED, Checkpoint, CheckpointError, check_settings, read_checkpoint
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -102,7 +102,7 @@ def pack(
 
     Args:
         output_dir: folder for the release.
-        weights: output folder of `comnet crossval`; by default the zips hold no weights.
+        weights: output folder of `comnet crossval`; by default the released weights, where they are there.
         repo: "owner/repository/tag" of the GitHub release, which the addresses in `model_info.json` point to.
         bundles_dir: folder of the bundles; by default that of the repository.
 
@@ -187,7 +187,7 @@ def plain_state_dict(state: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
     module; `custom.weights.read_checkpoint` finds it there.
     """
     plain = OrderedDict(state)
-    plain._metadata = OrderedDict({PROVENANCE_KEY: dict(facts)})
+    plain._metadata = OrderedDict({PROVENANCE_KEY: dict(facts)})  # type: ignore[attr-defined]
     return plain
 
 
@@ -201,7 +201,7 @@ def _base_url(repo: str) -> str:
 
 
 def _pack_bundle(bundle: Path, output: Path, weights: str | None, base_url: str) -> list[str]:
-    checkpoint = _checkpoint(bundle.name, weights)
+    checkpoint = _checkpoint(bundle, weights)
     files = bundle_files(bundle, checkpoint, base_url)
     name = f"{bundle.name}_v{__version__}"
     with whole_file(output / f"{name}.zip") as temporary:
@@ -213,13 +213,11 @@ def _pack_bundle(bundle: Path, output: Path, weights: str | None, base_url: str)
     return [f"{name}.zip", f"{name}_model.pt"]
 
 
-def _checkpoint(bundle: str, weights: str | None) -> Path | None:
-    if weights is None:
-        return None
-    path = Path(weights) / WEIGHTS[bundle]
-    if path.is_file():
+def _checkpoint(bundle: Path, weights: str | None) -> Path | None:
+    path = Path(weights) / WEIGHTS[bundle.name] if weights is not None else bundle / "models" / "model.pt"
+    if path.is_file() and (weights is not None or Checkpoint.at(path).facts.get("release")):
         return path
-    logger.warning("%s is released without weights: there is no %s", bundle, path)
+    logger.warning("%s is released without weights: there is no %s", bundle.name, path)
     return None
 
 
@@ -270,7 +268,8 @@ def _json_lines(node: Any, before: str, width: int) -> str:
     if not isinstance(node, (dict, list)) or (before and len(before) + len(line) <= width):
         return line
     outer = " " * (len(before) - len(before.lstrip()))
-    inner, opening, closing = outer + "    ", *("{}" if isinstance(node, dict) else "[]")
+    inner = outer + "    "
+    opening, closing = ("{", "}") if isinstance(node, dict) else ("[", "]")
     keys = [json.dumps(key, ensure_ascii=False) + ": " for key in node] if isinstance(node, dict) else [""] * len(node)
     values = node.values() if isinstance(node, dict) else node
     parts = [inner + key + _json_lines(value, inner + key, width) for key, value in zip(keys, values, strict=True)]
