@@ -18,36 +18,19 @@ LAYOUTS = ("utsw", "brats2021", "brats2023", "plain")
 LABEL_SOURCES = ("manual", "expert", "unknown", "automatic")
 DEFAULT_PALETTES = {"utsw": "brats2021", "brats2021": "brats2021", "brats2023": "brats2023", "plain": "brats2021"}
 
-EXPECTED: dict[str, dict[str, str]] = {
-    "utsw": {
-        "t1n": "brain_t1",
-        "t1c": "brain_t1ce",
-        "t2w": "brain_t2",
-        "flair": "brain_flair",
-        "label": "rtumorseg_manual_correction or tumorseg_FeTS",
-    },
-    "brats2021": {
-        "t1n": "<case>_t1",
-        "t1c": "<case>_t1ce",
-        "t2w": "<case>_t2",
-        "flair": "<case>_flair",
-        "label": "<case>_seg",
-    },
-    "brats2023": {
-        "t1n": "<case>-t1n",
-        "t1c": "<case>-t1c",
-        "t2w": "<case>-t2w",
-        "flair": "<case>-t2f",
-        "label": "<case>-seg",
-    },
-    "plain": {
-        "t1n": "T1, T1n or T1w",
-        "t1c": "T1c, T1ce, T1Gd or T1post",
-        "t2w": "T2 or T2w",
-        "flair": "FLAIR, T2-FLAIR or T2f",
-        "label": "seg, label or mask",
-    },
+_EXPECTED = {
+    "utsw": ("brain_t1", "brain_t1ce", "brain_t2", "brain_flair", "rtumorseg_manual_correction or tumorseg_FeTS"),
+    "brats2021": ("<case>_t1", "<case>_t1ce", "<case>_t2", "<case>_flair", "<case>_seg"),
+    "brats2023": ("<case>-t1n", "<case>-t1c", "<case>-t2w", "<case>-t2f", "<case>-seg"),
+    "plain": (
+        "T1, T1n or T1w",
+        "T1c, T1ce, T1Gd or T1post",
+        "T2 or T2w",
+        "FLAIR, T2-FLAIR or T2f",
+        "seg, label or mask",
+    ),
 }
+EXPECTED = {layout: dict(zip((*MODALITIES, "label"), names, strict=True)) for layout, names in _EXPECTED.items()}
 
 _UTSW_ROLES = {
     "brain_t1": "t1n",
@@ -233,7 +216,7 @@ def _subject(
     error = partial(SubjectError, name, folder)
     if not files:
         remedy = "Give every subject a folder of its own; if this one holds folders of subjects, give it as dataset_dir"
-        raise error("the folder holds no .nii or .nii.gz file", remedy)
+        raise error("the folder holds no .nii or .nii.gz file, or may not be read", remedy)
     layout = recognise(files) if layout == "auto" else layout
     roles = by_role(files, layout)
     source = next((source for source in LABEL_SOURCES if source in roles), None)
@@ -394,7 +377,10 @@ def _list_names(root: Path) -> list[str]:
         if not entry.is_dir():
             names.append(entry.name)
             continue
-        files = [file.name for file in _visible(entry.path) if not file.is_dir()]
+        try:
+            files = [file.name for file in _visible(entry.path) if not file.is_dir()]
+        except OSError:  # one folder that may not be read must not end the search
+            files = []
         names += [f"{entry.name}/{file}" for file in files] or [f"{entry.name}/"]
     return names
 

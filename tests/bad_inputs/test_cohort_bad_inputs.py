@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,19 @@ class TestDatasetFolder:
         with pytest.raises(ValueError, match=r"no usable subject .* all 3 are excluded. A1: .*T2.nii.gz: not a whole"):
             build_datalist(dataset)
         assert len(Cohort(dataset).inputs()) == 3  # found by name; each is refused when its turn comes
+
+    def test_a_folder_that_may_not_be_read_costs_no_other(self, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        genuine = os.scandir
+
+        def scandir(folder: object) -> object:
+            if str(folder).endswith(BAD):
+                raise PermissionError(13, "Permission denied")
+            return genuine(folder)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        data = Cohort(dataset)
+        assert tuple(item["subject"] for item in data.inputs()) == GOOD
+        assert [(one.subject, "may not be read" in one.reason) for one in data.exclusions] == [(BAD, True)]
 
     def test_subjects_lie_a_level_too_deep(self, dataset: Path) -> None:
         with pytest.raises(ValueError, match=r"data: .*holds no .nii.*give it as dataset_dir"):

@@ -310,7 +310,8 @@ class TestFacts:
     def test_affines_that_differ_by_rounding_give_the_grid_of_the_first(self, tmp_path: Path) -> None:
         folder = make_subject(tmp_path / "S1")
         for number, stem in enumerate(STEMS["plain"][1:4]):
-            drift = 4e-4 * np.random.default_rng(number).choice([-1, 1], (4, 4)) * [[1], [1], [1], [0]]
+            drift = np.random.default_rng(number).choice([-1, 1], (4, 4)) * [4e-4, 4e-4, 4e-4, 0.02]
+            drift[3] = 0
             save(folder / f"{stem}.nii.gz", np.asarray(nib.load(folder / f"{stem}.nii.gz").dataobj), LPS + drift)
         (item,) = cohort.Cohort(tmp_path).inputs()
         image = LoadSubjectd("image")(item)["image"]
