@@ -169,7 +169,7 @@ class Weights:
     @classmethod
     def of(cls, weights: Weights | str | Path) -> Weights:
         """Return weights as they are, or those at a path."""
-        return weights if isinstance(weights, cls) else cls(weights)
+        return weights if isinstance(weights, Weights) else cls(weights)
 
     @cached_property
     def checkpoints(self) -> tuple[Checkpoint, ...]:

@@ -7,6 +7,7 @@ GRN from Woo et al., "ConvNeXt V2", CVPR 2023. Wiring as in github.com/MIC-DKFZ/
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from monai.data import MetaTensor
@@ -58,7 +59,7 @@ class MedNeXt(nn.Module):
             )
         self.in_channels = in_channels
         width = [filters * 2**level for level in range(LEVELS)]
-        options = {"kernel_size": kernel_size, "grn": grn, "checkpointing": checkpointing}
+        options: dict[str, Any] = {"kernel_size": kernel_size, "grn": grn, "checkpointing": checkpointing}
 
         def stage(level: int, index: int) -> nn.Sequential:
             channels, ratio = width[level], expansions[index]

@@ -43,7 +43,7 @@ class Program:
 
     def __init__(self, precision: str = "fp32", cache_dir: str | Path | None = None, fixed: bool = True) -> None:
         self.precision = precision
-        self.cache_dir = cache_dir and Path(cache_dir)
+        self.cache_dir = Path(cache_dir) if cache_dir else None
         self.fixed = fixed
         self.compiled: Any = None
         self.failed = False
@@ -264,7 +264,7 @@ class MedNeXtGraph:
 
         weight, bias = block.conv3.weight.flatten(1), block.conv3.bias
         compression = self.kernel(weight)
-        if block.global_resp_gamma is not None:
+        if block.global_resp_gamma is not None and block.global_resp_beta is not None:
             norm = norm_over_voxels(hidden)
             response = ops.divide(norm, ops.add(ops.reduce_mean(norm, [1], True), number(1e-6)))
             gamma = self.leaf(block.global_resp_gamma)

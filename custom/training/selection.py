@@ -107,8 +107,8 @@ class CheckpointSaver:
 
     def attach(self, engine: Engine) -> None:
         """Save when an epoch of trainer ``engine``, or a validation, is complete."""
+        engine.add_event_handler(Events.STARTED, lambda _: self._start_average())  # other handlers load weights
         if self.average is not None:
-            engine.add_event_handler(Events.STARTED, lambda _: self._start_average())  # other handlers load weights
             self.average.attach(engine, warn_if_exists=False)
         decides = engine if self.selection == "last" else self.validator
         decides.add_event_handler(Events.EPOCH_COMPLETED, self)
@@ -119,7 +119,7 @@ class CheckpointSaver:
             selected = engine.state.best_metric_epoch == engine.state.epoch
         else:
             selected = engine.state.epoch > self.after
-        if not selected and self.average is not None:
+        if not selected:
             self._start_average()
         if selected and idist.get_rank() == 0:
             network = self.network if self.average is None else self.average.ema_model
@@ -127,7 +127,8 @@ class CheckpointSaver:
             save_atomically(content, self.path)
 
     def _start_average(self) -> None:
-        self.average.ema_model.load_state_dict(self.network.state_dict())
+        if self.average is not None:
+            self.average.ema_model.load_state_dict(self.network.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average, where there is one; the best score is the validator's."""

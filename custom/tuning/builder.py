@@ -288,7 +288,7 @@ class OutOfFoldDice:
         self.postprocessing = postprocessing
         self.grid = grid
         self.cache_dir = Path(cache_dir)
-        self.corrector = corrector
+        self.corrector: Any = corrector
         self.correctors_dir = correctors_dir
         self.amp = amp
         self._loaded: int | None = None

@@ -191,7 +191,8 @@ def choose(
         confidence: of the interval of the difference; None for none, where the correctors' epochs were chosen on these
             very subjects.
     """
-    differences = _differences(dice[(..., *grid.default)], confidence)
+    threshold, volume = grid.default
+    differences = _differences(dice[..., threshold, volume], confidence)
     choices = {}
     for index, region in enumerate(REGIONS):
         difference = float(differences[region]["difference"])
@@ -211,13 +212,13 @@ def cross_fit(dice: np.ndarray, folds: Sequence[int], grid: Grid) -> float | Non
     Returns:
         ``None`` where there is only one fold.
     """
-    folds = np.asarray(folds)
-    if len(np.unique(folds)) < 2:
+    if len(set(folds)) < 2:
         return None
     scores = np.empty(len(dice))
-    for fold in np.unique(folds):
-        held_out = folds == fold
-        scores[held_out] = dice[(held_out, *best_settings(dice[~held_out], grid))]
+    for fold in set(folds):
+        held_out = np.asarray(folds) == fold
+        threshold, volume = best_settings(dice[~held_out], grid)
+        scores[held_out] = dice[held_out, threshold, volume]
     return float(scores.mean())
 
 
@@ -234,7 +235,7 @@ def _choose_region(
     dice: np.ndarray, folds: Sequence[int], grid: Grid, refine: bool, paired: Mapping[str, Any], corrected: bool
 ) -> Choice:
     chosen = dice[:, int(refine)]
-    coarse, refined = (float(dice[(slice(None), kind, *grid.default)].mean()) for kind in (0, 1))
+    coarse, refined = dice[:, :, grid.default[0], grid.default[1]].mean(0).tolist()
     default, tuned = refined if refine else coarse, cross_fit(chosen, folds, grid)
     best = best_settings(chosen, grid)
     adopted = best != grid.default and tuned is not None and tuned > default + ROUNDING
@@ -278,8 +279,10 @@ def _refinement(paired: Mapping[str, Any], corrected: bool) -> str:
     if abs(difference) <= ROUNDING:
         return "Refining does not change mean Dice, so it is left out"
     verb, verdict = ("raises", "kept") if difference > 0 else ("lowers", "left out")
-    doubt = "" if low is None or high is None else f" (95 % interval of the difference {low:+.4f} to {high:+.4f}"
-    doubt += ")" if doubt and low * high > 0 else ", so it may be chance)" if doubt else ""
+    doubt = ""
+    if low is not None and high is not None:
+        chance = "" if low * high > 0 else ", so it may be chance"
+        doubt = f" (95 % interval of the difference {low:+.4f} to {high:+.4f}{chance})"
     return f"Refining {verb} mean Dice by {abs(difference):.4f}{doubt} and is {verdict}"
 
 
