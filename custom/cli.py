@@ -11,7 +11,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bundle_run import bundle_root, ensemble_settings, known_reason, log_fault, run_bundle
+from .bundle_run import bundle_root, ensemble_settings, import_monai_lean, known_reason, log_fault, run_bundle
 from .clinical.commands import prepare, segment_raw
 from .files import UserError
 
@@ -84,6 +84,8 @@ def segment(
     if not raw and (any(preparing.values()) or every_series):
         raise UserError("--without, --study, --brain_mask, --keep_names and --every_series go with --raw")
     dataset = None if raw else _dataset(inputs, files, name)
+    if not pictures:
+        import_monai_lean()
     from .weights import Weights
 
     there = _path(weights) if weights else bundle_root("comnet_ensemble") / "models"

@@ -177,6 +177,21 @@ def test_a_gpu_that_is_not_there(dataset, weights, tmp_path):
     assert "PyTorch sees no GPU here; use --device cpu" in str(message)
 
 
+def test_a_segmentation_without_pictures_imports_only_what_it_needs(dataset, weights, tmp_path):
+    code = """
+import sys
+from custom import cli
+cli.main(sys.argv[1:])
+foreign = {"matplotlib", "pandas", "tensorboard", "torchio", "panoptica", "jinja2"}
+print(sorted(foreign & {name.split(".")[0] for name in sys.modules}), "custom.report" in sys.modules)
+import matplotlib.pyplot, pandas
+"""
+    words = ["segment", dataset / "BT0001", "--output_dir", tmp_path, "--weights", weights, "--nopictures"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[] False"
+
+
 @pytest.mark.parametrize("name", ["2023_01", "1e3", "12", "0042", "a,b", "#x", "run#2", "[1]", "None", "True", "0x1F"])
 def test_names_and_paths_stay_text(name, weights, monkeypatch):
     runs = []

@@ -1,14 +1,25 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
+from unittest.mock import Mock
 
 import pytest
 import torch
+from ignite.engine import Events
 from monai.data import DataLoader, MetaTensor
 from monai.transforms import Lambdad
 from torch import nn
 
-from custom.inference import FewWindowsInferer, SubjectDataset, SubjectEvaluator, WholeVolumeInferer, describe
+from custom.inference import (
+    FewWindowsInferer,
+    SubjectDataset,
+    SubjectEvaluator,
+    SubjectLoader,
+    WholeVolumeInferer,
+    describe,
+)
 
 
 class NeedsSixteen(nn.Module):
@@ -47,8 +58,6 @@ def evaluator(names, network=None, postprocessing=None, fail_reading=()):
 
 def outcomes(engine):
     seen = []
-    from ignite.engine import Events
-
     engine.add_event_handler(
         Events.ITERATION_COMPLETED, lambda engine: seen.append((engine.state.subject, engine.state.failure is None))
     )
@@ -141,3 +150,54 @@ def test_arguments_reach_the_network():
 def test_a_patch_that_is_too_small_for_any_window():
     with pytest.raises(ValueError, match="patch_size"):
         FewWindowsInferer((8, 8, 8))(torch.rand(1, 4, 30, 40, 17), NeedsSixteen())
+
+
+class Reads:
+    """Notes what is read, in which thread; what is named so fails with a memory error."""
+
+    def __init__(self):
+        self.read = []
+
+    def __call__(self, item):
+        if item["subject"] == "huge":
+            raise MemoryError
+        self.read.append((item["subject"], threading.current_thread() is threading.main_thread()))
+        return item
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_loader_yields_each_subject_in_order_and_reads_one_ahead(num_workers):
+    reads = Reads()
+    names = ["a", "b", "huge", "c"]
+    loader = SubjectLoader(SubjectDataset([{"subject": name} for name in names], reads), num_workers)
+    seen, ahead = [], []
+    for batch in loader:
+        seen.append((batch["subject"][0], batch.get("failure")))
+        time.sleep(0.05)
+        ahead.append(len(reads.read))
+    assert [name for name, _ in seen] == names and "out of memory" in seen[2][1][0]
+    assert ahead == ([1, 2, 2, 3] if num_workers == 0 else [2, 2, 3, 3])
+    assert {in_main for _, in_main in reads.read} == {num_workers == 0}
+
+
+def test_a_loader_needs_neither_processes_nor_shared_memory(monkeypatch):
+    none = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter", none)
+    local = SubjectDataset([{"subject": "a"}], lambda item: item)  # no start method but fork could pickle it
+    assert [batch["subject"] for batch in SubjectLoader(local)] == [["a"]]
+
+
+def test_warnings_about_images_reach_the_engine():
+    data = [{"subject": "a", "image": torch.ones(4, 16, 16, 16), "warnings": ["one", "two"]}, {"subject": "b"}]
+    data[1] |= {"image": data[0]["image"], "warnings": []}
+    engine, seen = SubjectEvaluator(torch.device("cpu"), SubjectLoader(SubjectDataset(data)), NeedsSixteen()), []
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: seen.append(engine.state.warnings))
+    engine.run()
+    assert seen == [["one", "two"], []]
+
+
+def test_an_error_that_monai_tells_as_a_traceback_is_told_in_one_line():
+    story = (
+        "cannot find a suitable writer\nTraceback (most recent call last):\n  File x\ncustom.files.FileError: disk full"
+    )
+    assert describe(RuntimeError(story)) == "disk full"

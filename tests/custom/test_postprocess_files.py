@@ -18,7 +18,7 @@ from numpy.testing import assert_array_equal
 from scipy.spatial.transform import Rotation
 
 from custom import __version__
-from custom.inference import NativeGridWriter, PostprocessRegionsd
+from custom.inference import NativeGridWriter, PostprocessRegionsd, SaveSubjectd
 
 SHAPE = (14, 12, 10)
 GEOMETRY = ["qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"]
@@ -276,3 +276,22 @@ def test_same_mask_gives_the_same_bytes(tmp_path: Path) -> None:
         saver(tmp_path / name)({"pred": mask})
     first, second = (path.read_bytes() for path in sorted(tmp_path.glob("*/t1n_seg.nii.gz")))
     assert first == second
+
+
+@pytest.mark.parametrize("name", ["1.2.826.0.1", "sub-01_v1.5", "Dr. House", "plain", "a.nii"])
+def test_names_with_dots_stay_whole(name, tmp_path):
+    meta = {"subject": name, "affine": torch.eye(4), "original_affine": np.eye(4)}
+    with pytest.warns(UserWarning, match="no NIfTI source"):
+        SaveSubjectd("pred", tmp_path, "seg")({"pred": MetaTensor(torch.zeros(1, 4, 4, 4), meta=meta)})
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.gz")] == [f"{name}/{name}_seg.nii.gz"]
+
+
+def test_a_mask_of_someone_else_is_not_replaced(tmp_path):
+    theirs = tmp_path / "a" / "a_seg.nii.gz"
+    theirs.parent.mkdir()
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.uint8), np.eye(4)), theirs)
+    before = theirs.read_bytes()
+    pred = MetaTensor(torch.zeros(1, 4, 4, 4), meta={"subject": "a", "affine": torch.eye(4)})
+    with pytest.raises(Exception, match="is not CoMNeT's and is not replaced"):
+        SaveSubjectd("pred", tmp_path, "seg")({"pred": pred})
+    assert theirs.read_bytes() == before
