@@ -9,14 +9,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .bundle_run import bundle_root, ensemble_settings, import_monai_lean, known_reason, log_fault, run_bundle
 from .clinical.commands import prepare, segment_raw
 from .files import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def segment(
