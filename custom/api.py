@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ class Segmenter:
             if not isinstance(step, SaveSubjectd):
                 steps.append(step)
         self._postprocessing = Compose(steps)
+        (self._regions,) = (step.postprocess for step in steps if isinstance(step, PostprocessRegionsd))
 
     @plainly()
     def segment(
@@ -125,6 +126,41 @@ class Segmenter:
             maps = _image(item["probabilities"], np.float32) if probabilities else None
         volumes = volumes_ml(item["pred"], self._palette)
         return Segmentation(label_map, volumes, [*warnings, *told_warnings(item["erased"], volumes)], maps)
+
+    @plainly()
+    def segment_raw(
+        self,
+        study: str | os.PathLike[str],
+        output_dir: str | os.PathLike[str],
+        every_series: bool = False,
+        **preparing: Any,
+    ) -> Segmentation:
+        """Segment a study as it left the scanner, as `comnet segment --raw` does.
+
+        Args:
+            study: folder or zip file of DICOM or NIfTI files.
+            output_dir: for the prepared images, masks on the scanner's own grids, DICOM-SEG and pictures.
+            every_series: masks on the grids of all series, not of T1c alone.
+            preparing: options of `custom.clinical.study.prepare_study`.
+
+        Returns:
+            Label map on the grid of T1c as scanned; volumes from the 1 mm images; probabilities on these.
+
+        Raises:
+            SubjectError: the study cannot be prepared; says why, or asks.
+            UserError: the extra `clinical` is not installed.
+        """
+        from .clinical.masks import deliver
+        from .clinical.study import prepare_study
+
+        prepared = prepare_study(Path(study), Path(output_dir) / "prepared", **preparing)
+        if missing := [key for key in MODALITIES if key not in prepared.images]:
+            raise UserError(f"{prepared.name} has no {' and no '.join(missing)}: it can be looked at, not segmented")
+        images = {modality: str(path) for modality, path in prepared.images.items()}
+        found = self.segment(**images, name=prepared.name, probabilities=True)
+        folder = Path(output_dir) / prepared.name
+        label_map, warnings = deliver(prepared, found.probabilities, folder, self._regions, every_series)
+        return replace(found, label_map=label_map, warnings=[*found.warnings, *warnings])
 
 
 def _file(image: Image, temporary: Path) -> str | os.PathLike[str]:

@@ -110,10 +110,10 @@ def segment(
     if not raw:
         run(dataset)
         return
-    delivering = {key: values.get(key, found.tuned[key]) for key in ("thresholds", "min_volume_mm3")}
-    delivering |= {"palette": values.get("output_palette", "brats2023"), "every_series": every_series}
+    postprocessing = {key: values.get(key, found.tuned[key]) for key in ("thresholds", "min_volume_mm3")}
+    postprocessing |= {"palette": values.get("output_palette", "brats2023")}
     preparing |= {"chosen": files, "without": _listed(without), "pictures": pictures}
-    segment_raw([_path(one) for one in inputs], _path(output_dir), run, preparing, delivering)
+    segment_raw([_path(one) for one in inputs], _path(output_dir), run, preparing, postprocessing, every_series)
 
 
 def _path(name: str | Path) -> Path:

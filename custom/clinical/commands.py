@@ -64,7 +64,8 @@ def segment_raw(
     output_dir: Path,
     run: Callable[[list[Path]], None],
     preparing: Mapping[str, Any],
-    delivering: Mapping[str, Any],
+    postprocessing: Mapping[str, Any],
+    every_series: bool = False,
 ) -> None:
     """Prepare studies, run the bundle on what is prepared, and bring the masks back to where each was scanned.
 
@@ -73,12 +74,16 @@ def segment_raw(
         output_dir: for the results; what is prepared lies in its folder `prepared`.
         run: runs the bundle on subject folders.
         preparing: options of `prepare_study`.
-        delivering: options of `deliver`.
+        postprocessing: arguments of `PostprocessRegions`.
+        every_series: masks on the grids of all series.
 
     Raises:
         SystemExit: with the code of the bundle, with 3 where a study could not be prepared, 4 where none could.
     """
+    import nibabel as nib
+
     from ..batch import EXIT_NONE_SEGMENTED, EXIT_SOME_FAILED
+    from ..inference import PostprocessRegions
     from .masks import deliver
     from .study import prepare_studies
 
@@ -91,7 +96,10 @@ def segment_raw(
     except SystemExit as stop:
         code = stop.code or code
     for one in prepared:
-        if (output_dir / one.name / f"{one.name}_prob.nii.gz").is_file():  # the report says what became of the others
-            deliver(one, output_dir, **delivering)
+        folder = output_dir / one.name
+        if (file := folder / f"{one.name}_prob.nii.gz").is_file():  # the report says what became of the others
+            deliver(
+                one, nib.load(file), folder, PostprocessRegions(**postprocessing), every_series, preparing["pictures"]
+            )
     if code:
         raise SystemExit(code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
@@ -17,6 +17,9 @@ from ..files import whole_file
 from .reading import read_study
 from .study import Prepared, study_folder
 from .volumes import read_headers, slice_geometry
+
+if TYPE_CHECKING:
+    from ..inference import PostprocessRegions
 
 logger = logging.getLogger("comnet")
 
@@ -35,56 +38,53 @@ COLOURS = {"core": (0xF0, 0xE4, 0x42), "oedema": (0x56, 0xB4, 0xE9), "enhancing"
 
 def deliver(
     prepared: Prepared,
-    output_dir: str | Path,
-    thresholds: float | Sequence[float],
-    min_volume_mm3: float | Sequence[float],
-    palette: str = "brats2023",
+    probabilities: nib.Nifti1Image,
+    folder: str | Path,
+    postprocess: PostprocessRegions,
     every_series: bool = False,
-) -> list[str]:
+    pictures: bool = True,
+) -> tuple[nib.Nifti1Image, list[str]]:
     """Bring the masks of a segmented study back to where it was scanned.
 
-    Reads `<name>/<name>_prob.nii.gz` of the output folder; writes beside it `<name>_seg_<modality>.nii.gz` on the grid
-    of the reference as scanned (of every series by choice), `<name>_scanned.png` and, where DICOM came in,
-    `<name>_seg.dcm`, a DICOM Segmentation, which carries the patient's identity.
+    Writes `<name>_seg_<modality>.nii.gz` on the grid of the reference as scanned (of every series by choice),
+    `<name>_scanned.png` and, where DICOM came in, `<name>_seg.dcm`, a DICOM Segmentation, which carries the patient's
+    identity.
 
     Args:
         prepared: the study.
-        output_dir: of the segmentation.
-        thresholds: of ET, TC and WT.
-        min_volume_mm3: smallest component of each.
-        palette: values of the masks.
+        probabilities: of ET, TC and WT, [x, y, z, 3], on the prepared grid.
+        folder: for the results.
+        postprocess: makes a label map of probabilities.
         every_series: write a mask on the grid of each series.
+        pictures: draw the slices as scanned with outlines.
 
     Returns:
-        Warnings, those of the preparation among them.
+        The label map on the reference's grid, and warnings, those of the preparation among them.
 
     Raises:
-        SubjectError: the study was not segmented.
+        SubjectError: the DICOM study is no longer there.
     """
     from monai.data import MetaTensor
 
-    from ..inference import PostprocessRegions
     from .pictures import draw_segmentation
 
-    folder, name = Path(output_dir) / prepared.name, prepared.name
-    file = folder / f"{name}_prob.nii.gz"
-    if not file.is_file():
-        raise SubjectError(name, file.name, "the study has no probabilities", "See why in report.html")
-    probabilities = nib.load(file)
-    postprocess = PostprocessRegions(thresholds, min_volume_mm3, palette=palette)
+    folder, name, palette = Path(folder), prepared.name, postprocess.palette
     warnings = list(prepared.record["warnings"])
     for modality in prepared.images if every_series else [prepared.reference]:
         regions, scanned = to_scanned(probabilities, prepared, modality)
         label_map = postprocess(MetaTensor(regions, affine=scanned.affine))[0].numpy()
-        save_mask(label_map, scanned, folder / f"{name}_seg_{modality}.nii.gz")
+        mask = save_mask(label_map, scanned, folder / f"{name}_seg_{modality}.nii.gz")
         if modality != prepared.reference:
             continue
+        delivered = mask
         headers = reference_headers(prepared)
         if headers and label_map.any():
             warnings += write_dicom_seg(folder / f"{name}_seg.dcm", label_map, scanned, headers, palette)
         elif headers:
             (folder / f"{name}_seg.dcm").unlink(missing_ok=True)
             warnings.append("no tumour was found: there is no DICOM-SEG")
+        if not pictures:
+            continue
         brain = nib.load(prepared.folder / "brain_mask.nii.gz")
         inside = ndimage.affine_transform(
             np.asanyarray(brain.dataobj),
@@ -97,7 +97,7 @@ def deliver(
         draw_segmentation(folder / f"{name}_scanned.png", scanned, np.stack(shown), inside > 0, name, warnings)
     for warning in warnings:
         logger.warning("%s: %s", name, warning)
-    return warnings
+    return delivered, warnings
 
 
 def to_scanned(
@@ -136,7 +136,7 @@ def to_scanned(
     return np.clip(result / parts, 0, 1), scanned
 
 
-def save_mask(label_map: np.ndarray, scanned: nib.Nifti1Image, path: str | Path) -> None:
+def save_mask(label_map: np.ndarray, scanned: nib.Nifti1Image, path: str | Path) -> nib.Nifti1Image:
     """Write a label map [x, y, z], uint8, with the geometry of the series that it lies on; whole or not at all."""
     image = nib.Nifti1Image(label_map.astype(np.uint8), scanned.affine)
     image.set_qform(*scanned.get_qform(coded=True))
@@ -144,6 +144,7 @@ def save_mask(label_map: np.ndarray, scanned: nib.Nifti1Image, path: str | Path)
     image.header.set_xyzt_units("mm")
     with whole_file(path) as partial:
         nib.save(image, partial)
+    return image
 
 
 def write_dicom_seg(
@@ -175,6 +176,7 @@ def write_dicom_seg(
     import highdicom as hd
     from pydicom.uid import generate_uid
 
+    logging.getLogger("highdicom").setLevel(logging.WARNING)  # it logs the UIDs of the patient's images
     volume, geometry = _frames(label_map, scanned.affine, headers)
     present = [(tissue, value) for tissue, value in PALETTES[palette].items() if (volume == value).any()]
     if not present:

@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -165,6 +166,7 @@ def require_clinical(*more: str | None) -> None:
     Raises:
         UserError: naming what is missing and how to install it.
     """
+    warnings.filterwarnings("ignore", module=r"pydicom\.")  # they quote values of the patient's
     missing = []
     for module in (*EXTRA, *(one for one in more if one)):
         try:
@@ -220,7 +222,7 @@ def _prepare(
     import SimpleITK as sitk
 
     seconds, clock = {}, started
-    warnings = list(study.warnings)
+    told = list(study.warnings)
 
     def lap(step: str) -> None:
         nonlocal clock
@@ -232,7 +234,7 @@ def _prepare(
         write_table(target / "series.csv", SERIES_COLUMNS, [one.row() for one in study.series])
     lap("series")
     for modality, one in series.items():
-        warnings += convert(one, target / f"series_{one.label}.nii.gz", name, modality)
+        told += convert(one, target / f"series_{one.label}.nii.gz", name, modality)
     lap("conversion")
     scanned = {
         m: sitk.ReadImage(str(target / f"series_{one.label}.nii.gz"), sitk.sitkFloat32) for m, one in series.items()
@@ -248,7 +250,7 @@ def _prepare(
             raise SubjectError(
                 name, NAMES[modality], f"registration failed: {error}", "Choose another series"
             ) from error
-        warnings += check(motions[modality], name, modality)
+        told += check(motions[modality], name, modality)
         heads[modality] = resample(scanned[modality], grid, motions[modality].matrix)
     lap("registration")
     affine = _ras_affine(grid)
@@ -256,18 +258,18 @@ def _prepare(
     if brain_mask:
         own = read_brain_mask(brain_mask, name)
         brain = _on_grid(own, grid) > 0.5
-        warnings += check_brain(brain, affine)
+        told += check_brain(brain, affine)
     else:
         looked_at = {NAMES[m]: arrays[m] for m in dict.fromkeys((reference, "flair")) if m in arrays}
-        brain, told = extract_brain(looked_at, affine, name)
-        warnings += told
+        brain, more = extract_brain(looked_at, affine, name)
+        told += more
     lap("brain")
     if not brain.any():
         raise SubjectError(name, "the brain mask", "it does not meet the reference image", "Check where it lies")
     facts: dict[str, Any] = {}
     if "t1n" in arrays and "t1c" in arrays:
         facts["enhancement"] = round(enhancement(arrays["t1n"], arrays["t1c"], brain), 3)
-        warnings += _judge_enhancement(facts["enhancement"], series, options["chosen"], name)
+        told += _judge_enhancement(facts["enhancement"], series, options["chosen"], name)
     box, cropped = _box(brain), affine.copy()
     cropped[:3, 3] += affine[:3, :3] @ [part.start for part in box]
     for modality, array in arrays.items():
@@ -281,7 +283,7 @@ def _prepare(
         from .pictures import draw_preparation
 
         draw_preparation(
-            target / "preparation.png", {m: a[box] for m, a in arrays.items()}, brain[box], cropped, name, warnings
+            target / "preparation.png", {m: a[box] for m, a in arrays.items()}, brain[box], cropped, name, told
         )
         lap("pictures")
     record = {
@@ -294,11 +296,11 @@ def _prepare(
         "registration": {modality: motion.record() for modality, motion in motions.items()},
         "brain_ml": round(float(brain.sum()) / 1000, 1),
         **facts,
-        "warnings": warnings,
+        "warnings": told,
         "seconds": seconds,
     }
     write_text(target / RECORD, json.dumps(record, indent=2))
-    for warning in warnings:
+    for warning in told:
         logger.warning("%s: %s", name, warning)
     return Prepared(name, target, record)
 

@@ -208,7 +208,7 @@ def image_like(array: np.ndarray, source: nib.Nifti1Header) -> nib.Nifti1Image:
     for name in SPATIAL_FIELDS:
         header[name] = source[name]
     header["pixdim"][:4] = source["pixdim"][:4]
-    return image_class(array, None, header)
+    return image_class(array, header.get_best_affine(), header)
 
 
 def write_whole(image: nib.Nifti1Image, path: Path) -> None:

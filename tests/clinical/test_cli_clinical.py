@@ -73,5 +73,17 @@ def test_segment_raw_brings_masks_back_to_the_scanner(scan, prepared, brain_mask
     assert (folder / f"{prepared.name}_scanned.png").stat().st_size > 10_000
 
 
+def test_the_python_door_takes_a_raw_study(scan, prepared, brain_mask, weights, tmp_path):
+    from custom.api import Segmenter
+
+    shutil.copytree(prepared.folder, tmp_path / "prepared" / prepared.name)
+    segmenter = Segmenter(weights, runtime="torch")
+    found = segmenter.segment_raw(scan.folder, tmp_path, brain_mask=brain_mask)
+    scanned = nib.load(prepared.scanned("t1c"))
+    np.testing.assert_allclose(found.label_map.affine, scanned.affine, atol=1e-5)
+    assert found.label_map.shape == scanned.shape and found.volumes["WT"] > 0
+    assert (tmp_path / prepared.name / f"{prepared.name}_seg.dcm").is_file()
+
+
 def test_options_of_raw_studies_go_with_raw(tmp_path):
     assert "go with --raw" in str(comnet("segment", tmp_path, "--output_dir", tmp_path, "--brain_mask", "x.nii.gz"))

@@ -102,7 +102,7 @@ def test_a_mask_on_another_series_moves_with_the_patient(scan, prepared, perfect
     assert np.linalg.norm(middle(on_flair, flair) - middle(on_t1c, t1c)) > 3
 
 
-def test_dicom_seg_reads_back_equal(scan, prepared, perfect, tmp_path):
+def test_dicom_seg_reads_back_equal(scan, prepared, perfect, tmp_path, caplog):
     import highdicom as hd
 
     headers = reference_headers(prepared)
@@ -110,7 +110,9 @@ def test_dicom_seg_reads_back_equal(scan, prepared, perfect, tmp_path):
     et, tc, wt = probabilities >= 0.5
     label_map = np.where(et, 3, np.where(tc, 1, np.where(wt, 2, 0))).astype(np.uint8)
     path = tmp_path / "seg.dcm"
-    assert write_dicom_seg(path, label_map, scanned, headers) == []
+    with caplog.at_level("INFO"):
+        assert write_dicom_seg(path, label_map, scanned, headers) == []
+    assert str(headers[0].SOPInstanceUID)[:20] not in caplog.text
 
     read = hd.seg.segread(path)
     assert read.SegmentationType == "BINARY"
