@@ -13,6 +13,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -121,7 +122,7 @@ def check_subject(
     scan = read_scan(subject.name, subject.images)
     facts: dict[str, Any] = {
         "shape": [int(n) for n in scan.images[0].shape],
-        "spacing": [round(float(mm), 6) for mm in nib.affines.voxel_sizes(scan.affine)],
+        "spacing": [round(float(mm), 6) for mm in voxel_sizes(scan.affine)],
         "orientation": "".join(nib.aff2axcodes(scan.affine)),
         "voxels": {},
         "has_et": None,
@@ -222,7 +223,7 @@ def _border(voxels: np.ndarray) -> np.ndarray:
 
 
 def _check_size(image: Volume) -> None:
-    size, spacing = np.array(image.voxels.shape), nib.affines.voxel_sizes(image.affine)
+    size, spacing = np.array(image.voxels.shape), voxel_sizes(image.affine)
     if size.min() < LEAST_SIZE:
         reason = f"{image.what} has {_size(size)} voxels; fewer than {LEAST_SIZE} along an axis are no brain"
         raise image.error(reason, "Give the whole volume, not slices or a corner of it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def stack(
         SubjectError: the one subject given by files failed.
         OSError: a folder is absent or cannot be written.
     """
-    files = {"t1n": t1n, "t1c": t1c, "t2w": t2w, "flair": flair}
+    files: dict[str, Any] = {"t1n": t1n, "t1c": t1c, "t2w": t2w, "flair": flair}
     if bool(inputs) == any(files.values()) or (any(files.values()) and not all(files.values())):
         raise UserError("give folders, or one subject by all four of --t1n --t1c --t2w --flair")
     if not inputs:

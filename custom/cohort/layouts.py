@@ -10,6 +10,7 @@ from glob import escape as glob_escape
 from glob import glob
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from ..files import FileError, UserError
 from .subject import MODALITIES, PALETTES, Exclusion, Subject, SubjectError
@@ -245,8 +246,8 @@ def _subject(
     )
 
 
-PathLike = str | os.PathLike
-DatasetDir = PathLike | Sequence[PathLike] | Mapping[str, PathLike]
+PathLike = str | os.PathLike[str]
+DatasetDir = PathLike | Sequence[PathLike] | Mapping[str, Any]
 
 
 def find_subjects(
@@ -334,7 +335,7 @@ def _name_of(images: Sequence[str]) -> str:
     return os.path.basename(os.path.commonpath([os.path.dirname(image) for image in images])) or "subject"
 
 
-def dataset_roots(dataset_dir: PathLike | Sequence[PathLike]) -> list[Path]:
+def dataset_roots(dataset_dir: DatasetDir) -> list[Path]:
     """The dataset folders as absolute paths.
 
     Raises:
@@ -342,7 +343,7 @@ def dataset_roots(dataset_dir: PathLike | Sequence[PathLike]) -> list[Path]:
         NotADirectoryError: a file was given.
         ValueError: an empty list was given.
     """
-    given = list(dataset_dir) if isinstance(dataset_dir, (list, tuple, set)) else [dataset_dir]
+    given: list[Any] = list(dataset_dir) if isinstance(dataset_dir, (list, tuple, set)) else [dataset_dir]
     if wrong := [folder for folder in given if not isinstance(folder, (str, os.PathLike))]:
         raise UserError(f"dataset_dir is {wrong[0]!r}, which is no text: put the folder's name in quotes.")
     if not given:
@@ -361,13 +362,13 @@ def dataset_roots(dataset_dir: PathLike | Sequence[PathLike]) -> list[Path]:
     return roots
 
 
-def base_folder(dataset_dir: PathLike | Sequence[PathLike]) -> Path:
+def base_folder(dataset_dir: DatasetDir) -> Path:
     """The folder that the paths of a datalist are relative to: the innermost one that holds every dataset folder."""
     return Path(os.path.commonpath(dataset_roots(dataset_dir)))
 
 
 def _absolute(path: PathLike) -> str:
-    return os.path.abspath(os.path.expanduser(path))
+    return os.path.abspath(os.path.expanduser(os.fspath(path)))
 
 
 def _list_names(root: Path) -> list[str]:

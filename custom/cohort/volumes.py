@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
@@ -189,7 +190,7 @@ def _check_affine(volume: Volume) -> None:
     elif header["sform_code"] and header["qform_code"]:
         corners = np.array(np.meshgrid(*[(0, n - 1) for n in volume.voxels.shape[:3]], 1)).reshape(4, -1)
         apart = np.linalg.norm(((affine - header.get_qform()) @ corners)[:3], axis=0).max()
-        if apart > nib.affines.voxel_sizes(affine).max():
+        if apart > voxel_sizes(affine).max():
             volume.warnings.append(f"sform and qform differ by up to {apart:.3g} mm: the sform is used")
 
 

@@ -188,10 +188,10 @@ class SmoothField:
 
 def ellipsoid(points: np.ndarray, centre: Sequence[float], radii: Sequence[float]) -> np.ndarray:
     """First-order signed distance in mm to an ellipsoid, negative inside; `points` [3, n]."""
-    radii = np.asarray(radii, np.float32)[:, None]
-    scaled = (points - np.asarray(centre, np.float32)[:, None]) / radii
+    size = np.asarray(radii, np.float32)[:, None]
+    scaled = (points - np.asarray(centre, np.float32)[:, None]) / size
     radius = np.linalg.norm(scaled, axis=0)
-    return radius * (radius - 1) / np.maximum(np.linalg.norm(scaled / radii, axis=0), 1e-4)
+    return radius * (radius - 1) / np.maximum(np.linalg.norm(scaled / size, axis=0), 1e-4)
 
 
 def capsule(points: np.ndarray, start: Sequence[float], end: Sequence[float], radii: tuple[float, float]) -> np.ndarray:

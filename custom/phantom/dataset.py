@@ -194,22 +194,22 @@ def simulate(
     Raises:
         ValueError: shape or spacing is not three positive numbers, or the grid is less than 12 voxels wide.
     """
-    shape, spacing = _checked(shape, spacing)
+    size, steps = _checked(shape, spacing)
     anatomy_rng, signal_rng, noise_rng = np.random.default_rng(seed).spawn(3)
     brain = Brain(anatomy_rng)
     glioma = Glioma(anatomy_rng, brain, enhancing)
-    index, points, scale = _grid_points(shape, spacing)
+    index, points, scale = _grid_points(size, steps)
     hull = brain.hull(points)
     kept = hull < 0
     index, points, hull = tuple(i[kept] for i in index), points[:, kept], hull[kept]
 
-    voxel = float(np.prod(spacing)) ** (1 / 3) / scale
+    voxel = float(np.prod(steps)) ** (1 / 3) / scale
     tissues = brain.tissues(points, glioma.before_growth(points), voxel)
-    lesion = _one_piece(glioma.compartments(points, tissues, hull, voxel), index, shape)
+    lesion = _one_piece(glioma.compartments(points, tissues, hull, voxel), index, size)
     clean = intensities(signal_rng, points, tissues, lesion)
-    images = np.zeros((4, *shape), np.float32)
-    images[(slice(None), *index)] = rician(noise_rng, clean, float(signal_rng.uniform(0.008, 0.02)))
-    return images, _scatter(_labels(lesion), index, shape)
+    images, (x, y, z) = np.zeros((4, *size), np.float32), index
+    images[:, x, y, z] = rician(noise_rng, clean, float(signal_rng.uniform(0.008, 0.02)))
+    return images, _scatter(_labels(lesion), index, size)
 
 
 def _checked(shape: Sequence[int], spacing: Sequence[float]) -> tuple[tuple[int, ...], np.ndarray]:
