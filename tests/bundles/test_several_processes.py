@@ -52,8 +52,6 @@ def test_each_subject_is_segmented_once_and_one_table_has_them_all(torchrun, pha
     done, output = torchrun(data)
     assert done.returncode != 0, "one subject is broken"
     assert "BT0002" in done.stderr
-    assert "destroy_process_group() was not called" not in done.stderr and "SIGTERM" not in done.stderr
-    assert done.stderr.count("exitcode  : 3") == 2, "each process leaves with the code of the batch"
     assert names(output) == ["BT0001", "BT0003"]
     records = {path.parent.name: json.loads(path.read_text()) for path in output.glob("*/record.json")}
     assert set(records) == {"BT0001", "BT0003"}

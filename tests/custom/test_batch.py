@@ -16,6 +16,7 @@ import torch
 from monai.data import MetaTensor
 
 from custom.batch import EXIT_NONE_SEGMENTED, EXIT_SOME_FAILED, Batch
+from custom.bundle_run import bundle_root
 from custom.cohort import Exclusion
 from custom.files import FileError, UserError
 from custom.weights import save_atomically
@@ -368,3 +369,22 @@ def test_two_runs_at_once_do_not_share_a_folder(make, tmp_path):
             book.inputs()
         other.kill()
     assert book.inputs() == [], "a process that was killed leaves no lock"
+
+
+def test_tables_are_written_before_the_process_leaves(make, items):
+    book = make()
+    book.begin(items)
+    finish(book, "a", failure="out of memory")
+    finish(book, "b")
+    book.write()
+    assert table(book)["a"]["status"] == "failed"
+    with pytest.raises(SystemExit):
+        book.leave()
+
+
+@pytest.mark.parametrize("bundle", ["comnet_mednext", "comnet_corrdiff", "comnet_ensemble"])
+def test_several_processes_take_leave_of_each_other_before_one_leaves_with_a_code(bundle):
+    config = json.loads((bundle_root(bundle) / "configs" / "multi_gpu_evaluate.json").read_text())
+    steps = config["finalize"]
+    assert [steps.index(step) for step in ("$@batch.write()", "$@batch.leave()")] == [0, 2]
+    assert "destroy_process_group" in steps[1]
