@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .cohort import REGIONS
 from .files import UserError, whole_file
@@ -278,7 +279,7 @@ class WeightsLoader:
     """
 
     def __init__(self, network: nn.Module, weights: Weights | str) -> None:
-        self.network = network
+        self.network = network.module if isinstance(network, DistributedDataParallel) else network
         self.weights = Weights.of(weights)
 
     def attach(self, engine: Any) -> None:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..cohort.datalist import assign_folds
 from ..files import UserError
-from ..weights import MODEL_KEY, PROVENANCE_KEY, Provenance, save_atomically
+from ..weights import MODEL_KEY, PROVENANCE_KEY, Provenance, Weights, save_atomically
 
 RULES = ("paper", "inner", "last")
 Item = Mapping[str, Any]
@@ -60,10 +60,17 @@ class Selection:
         aside = self._aside(training)
         return [item for item in training if item["subject"] in aside] if self.rule == "inner" else list(held_out)
 
-    def seen(self, training: Sequence[Item], validation: Sequence[Item]) -> list[str]:
-        """Names of the subjects that weights have seen: trained on, and for ``"inner"`` chosen on."""
-        seen = [*training, *(validation if self.rule == "inner" else ())]
-        return sorted(str(item.get("subject", "")) for item in seen)
+    def seen(self, training: Sequence[Item], validation: Sequence[Item], start_from: str = "") -> list[str]:
+        """Names of the subjects that weights have seen: trained on, for ``"inner"`` chosen on, and by those before.
+
+        Args:
+            training: what is trained on.
+            validation: what is validated on.
+            start_from: weights from which training starts, if any.
+        """
+        before = Weights(start_from).trained_on if start_from else frozenset()
+        items = [*training, *(validation if self.rule == "inner" else ())]
+        return sorted({str(item.get("subject", "")) for item in items} | before)
 
     def _aside(self, items: Sequence[Item]) -> set[str]:
         if self.rule != "inner":

@@ -23,7 +23,7 @@ from custom.training import (
     Selection,
     ValidationHandler,
 )
-from custom.weights import CheckpointError, Provenance, read_checkpoint
+from custom.weights import CheckpointError, Provenance, read_checkpoint, save_atomically
 
 
 class Validator:
@@ -284,6 +284,11 @@ def test_other_rules_train_on_all_and_validate_on_the_fold_left_out(name):
     training, held_out, rule = subjects(20), [{"subject": "held out"}], Selection(name)
     assert rule.training(training) == training and rule.validation(training, held_out) == held_out
     assert rule.seen(training, held_out) == sorted(names(training))
+
+
+def test_what_the_weights_before_have_seen_counts_as_seen(tmp_path):
+    save_atomically({"model": {}, "provenance": {"trained_on": ["s00", "held out"]}}, tmp_path / "model.pt")
+    assert Selection("last").seen(subjects(2), [], str(tmp_path / "model.pt")) == ["held out", "s00", "s01"]
 
 
 def test_rules_that_cannot_be_are_refused():
