@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from custom.cohort import REGIONS, Cohort
 from custom.corrdiff import CorrDiff, CorrDiffLoss, corrdiff_base, corrdiff_tiny
-from custom.corrdiff.denoiser import zeroed
+from custom.corrdiff.diffusion import zeroed
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = {"tiny": corrdiff_tiny, "base": corrdiff_base}

@@ -221,9 +221,8 @@ def crossval(
         snakefile: only write this Snakefile, with which Snakemake runs the same on a cluster (or here).
     """
     from .crossval.inputs import prepare_subjects
-    from .crossval.plan import choose_models, make_plan
+    from .crossval.plan import choose_models, make_plan, write_snakefile
     from .crossval.runner import run_plan
-    from .crossval.snakefile import write_snakefile
 
     chosen = choose_models(_listed(models))
     run_dir = _path(output_dir)

@@ -11,11 +11,18 @@ from .corrector import (
     corrdiff_base,
     corrdiff_tiny,
 )
-from .denoiser import ConditionEncoder, Denoiser
-from .diffusion import LatentDiffusion, LatentScale, reverse_timesteps
-from .loss import CorrDiffLoss, residual_error, segmentation_error
+from .diffusion import ConditionEncoder, Denoiser, LatentDiffusion, LatentScale, reverse_timesteps
+from .loss import (
+    CorrDiffLoss,
+    FrozenGuard,
+    ListedOutput,
+    StageSchedule,
+    TrainingStep,
+    residual_error,
+    segmentation_error,
+    state_digest,
+)
 from .out_of_fold import CoarsePredictions, LoadCoarsed
-from .stages import FrozenGuard, ListedOutput, StageSchedule, TrainingStep, state_digest
 from .vqvae import ResidualVQVAE
 
 __all__ = [

@@ -12,8 +12,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
 from ..files import UserError
-from .denoiser import ConditionEncoder, Denoiser
-from .diffusion import LatentDiffusion, LatentScale
+from .diffusion import ConditionEncoder, Denoiser, LatentDiffusion, LatentScale
 from .vqvae import ResidualVQVAE, crop_like, pad_to_multiple
 
 STAGES = ("vq", "diffusion", "joint")

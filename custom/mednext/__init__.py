@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from .blocks import Block, UpBlock
 from .network import (
     MIC_DKFZ_NAMES,
+    Block,
     MedNeXt,
+    UpBlock,
     from_mic_dkfz,
     mednext_base,
     mednext_large,

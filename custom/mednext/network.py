@@ -1,7 +1,15 @@
-"""MedNeXt v1 with Global Response Normalisation in every block.
+"""MedNeXt blocks with both normalisations folded into the pointwise convolutions.
 
-References: Roy et al., "MedNeXt: Transformer-driven Scaling of ConvNets for Medical Image Segmentation", MICCAI 2023;
-GRN from Woo et al., "ConvNeXt V2", CVPR 2023. Wiring as in github.com/MIC-DKFZ/MedNeXt, parameter names as in MONAI.
+A block is: depthwise convolution -> per-channel normalisation -> 1x1x1 expansion -> GELU -> GRN -> 1x1x1 compression.
+Each normalisation is a per-channel scale of what a pointwise convolution reads next, so it becomes a change of that
+convolution's weights, one set for each sample, and no normalised feature map is ever written:
+
+    normalisation of y - mean:  s = weight / sqrt(var + eps)     expansion W * s, its bias + W @ norm.bias
+    GRN of h:                   n = |h_c| / mean_c |h_c|         compression W * (1 + gamma * n), its bias + W @ beta
+
+Feature maps (N, C, D, H, W) are in channels-last memory, so that a pointwise convolution is a matrix product over the
+rows of (N, V, C), V = D * H * W voxels, and a depthwise one is several times faster on a CPU. In training a block keeps
+x, the centred y and the hidden layer before GELU; statistics are fp32 under autocast too (fp64 in a network of fp64).
 """
 
 from __future__ import annotations
@@ -10,10 +18,214 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from monai.data import MetaTensor
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .blocks import Block, Head, UpBlock, pointwise
+
+class Block(nn.Module):
+    """One MedNeXt block: (N, in_channels, D, H, W) to (N, out_channels, D', H', W').
+
+    State dicts are those of MONAI's MedNeXtBlock (stride 1) and MedNeXtDownBlock (stride 2) with residual connections.
+
+    Args:
+        in_channels: channels of the input and of the depthwise convolution.
+        out_channels: channels of the output; equal to `in_channels` where `stride` is 1.
+        expansion: width of the hidden layer as a multiple of `in_channels`.
+        kernel_size: odd edge length of the depthwise kernel.
+        stride: 1 keeps the resolution, 2 halves it.
+        grn: whether Global Response Normalisation follows the activation.
+        checkpointing: recompute this block in the backward pass rather than keep its activations.
+    """
+
+    conv: type[nn.Module] = nn.Conv3d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        expansion: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        grn: bool = True,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        hidden = expansion * in_channels
+        self.checkpointing = checkpointing
+        self.conv1 = self.conv(in_channels, in_channels, kernel_size, stride, kernel_size // 2, groups=in_channels)
+        self.norm = nn.GroupNorm(in_channels, in_channels)
+        self.conv2 = nn.Conv3d(in_channels, hidden, 1)
+        self.conv3 = nn.Conv3d(hidden, out_channels, 1)
+        self.res_conv = nn.Identity() if stride == 1 else self.conv(in_channels, out_channels, 1, stride)
+        self.global_resp_beta = nn.Parameter(torch.zeros(1, hidden, 1, 1, 1)) if grn else None
+        self.global_resp_gamma = nn.Parameter(torch.zeros(1, hidden, 1, 1, 1)) if grn else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the block, keeping its activations for the backward pass or not."""
+        if not torch.jit.is_scripting() and self.checkpointing and self.training:
+            return checkpoint(self.run, x, use_reentrant=False)
+        return self.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        """Residual plus the mixed output of the depthwise convolution."""
+        return self.mix(self.conv1(x), to_rows(self.res_conv(x)))
+
+    def mix(self, y: Tensor, residual: Tensor) -> Tensor:
+        """Normalise, expand, activate, respond, compress y (N, C, D, H, W), onto a residual (N, V, O) or (O,)."""
+        y = y.sub_(y.mean((2, 3, 4), keepdim=True, dtype=statistics_type(y)))
+        rows = to_rows(y)
+        if not torch.jit.is_scripting() and torch.is_grad_enabled() and not self.checkpointing and not is_recorded():
+            z = self.mix_for_training(rows, residual)
+        else:
+            z = self.compress(self.expand(rows), residual)
+        return to_volume(z, y)
+
+    @torch.jit.unused
+    def mix_for_training(self, y: Tensor, residual: Tensor) -> Tensor:
+        """Expand and compress rows y (N, V, C); the backward pass computes the hidden layer anew.
+
+        It does so from what precedes GELU, which GELU keeps anyway, so that one of the two widest tensors is not kept.
+        """
+        weight, bias = self.expansion(y)
+        before = torch.baddbmm(bias.to(y.dtype), y, weight.to(y.dtype))
+        h = F.gelu(before)
+        address, shape = h.data_ptr(), h.shape
+
+        def pack(tensor: Tensor) -> Tensor | None:
+            return None if tensor.data_ptr() == address and tensor.shape == shape else tensor.detach()
+
+        def unpack(tensor: Tensor | None) -> Tensor:
+            return F.gelu(before.detach()) if tensor is None else tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return self.compress(h, residual)
+
+    def compress(self, h: Tensor, residual: Tensor) -> Tensor:
+        """Rows (N, V, O) of the hidden layer h (N, V, E), onto a residual (N, V, O) or (O,)."""
+        weight, bias = self.compression(h)
+        return torch.baddbmm(residual.to(h.dtype), h, weight.to(h.dtype)).add_(bias)
+
+    def expand(self, y: Tensor) -> Tensor:
+        """Hidden layer (N, V, E) of y (N, V, C), whose mean over voxels is zero."""
+        weight, bias = self.expansion(y)
+        weight, bias = weight.to(y.dtype), bias.to(y.dtype)
+        if not streams(y):
+            return F.gelu(torch.baddbmm(bias, y, weight))
+        h = y.new_empty(y.shape[0], y.shape[1], bias.shape[0])
+        for start in range(0, y.shape[1], 4096):
+            stop = start + 4096
+            h[:, start:stop] = F.gelu(torch.baddbmm(bias, y[:, start:stop], weight))
+        return h
+
+    def expansion(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (N, C, E) and bias (E,) of conv2 with the normalisation of y (N, V, C) inside."""
+        weight, bias = self.conv2.weight.flatten(1).t(), self.conv2.bias  # (C, E), (E,)
+        assert bias is not None
+        var = norm_over_voxels(y).square() / y.shape[1]  # (N, C)
+        scale = self.norm.weight * torch.rsqrt(var + self.norm.eps)
+        return weight * scale[:, :, None], bias + (weight * self.norm.bias[:, None]).sum(0)
+
+    def compression(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (N, E, O) and bias (O,) of conv3 with the GRN of h (N, V, E) inside."""
+        weight, bias = self.conv3.weight.flatten(1).t(), self.conv3.bias  # (E, O), (O,)
+        assert bias is not None
+        gamma, beta = self.global_resp_gamma, self.global_resp_beta
+        if gamma is None or beta is None:
+            return weight.expand(h.shape[0], -1, -1), bias
+        norm = norm_over_voxels(h)  # (N, E)
+        response = 1 + gamma.flatten() * norm / (norm.mean(1, keepdim=True) + 1e-6)
+        return weight * response[:, :, None], bias + (weight * beta.flatten()[:, None]).sum(0)
+
+
+class UpBlock(Block):
+    """A block that doubles the resolution, with the state dict of MONAI's MedNeXtUpBlock; takes `stride=2`.
+
+    The transposed convolutions make 2n - 1 voxels of n, and a zero goes before each axis.
+    """
+
+    conv = nn.ConvTranspose3d
+
+    def run(self, x: Tensor) -> Tensor:
+        """Residual plus the mixed output of the transposed depthwise convolution."""
+        n, _, d, h, w = x.shape
+        weight, bias = self.res_conv.weight.flatten(1), self.res_conv.bias
+        assert bias is not None
+        z = self.mix(self.upsample(x), bias).permute(0, 2, 3, 4, 1)
+        z = F.pad(z, (0, 0, 1, 0, 1, 0, 1, 0))
+        residual = (to_rows(x) @ weight).view(n, d, 1, h, 1, w, 1, -1)
+        residual = F.pad(residual, (0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0))  # zeros between voxels
+        return (z + residual.view(z.shape)).permute(0, 4, 1, 2, 3)
+
+    def upsample(self, x: Tensor) -> Tensor:
+        """The depthwise convolution; on a CPU a plain one over zeros between voxels is twice as fast forward."""
+        if not streams(x):
+            return self.conv1(x)
+        n, c, d, h, w = x.shape
+        sparse = x.new_zeros(n, 2 * d - 1, 2 * h - 1, 2 * w - 1, c)
+        sparse[:, ::2, ::2, ::2] = x.permute(0, 2, 3, 4, 1)
+        weight, size = self.conv1.weight.flip([2, 3, 4]), self.conv1.weight.shape[2]
+        return F.conv3d(sparse.permute(0, 4, 1, 2, 3), weight, self.conv1.bias, padding=size // 2, groups=c)
+
+
+class Head(nn.Module):
+    """Pointwise convolution to logits; a transposed one, as in the checkpoints."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv_out = nn.ConvTranspose3d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, out_channels, D, H, W) of features (N, in_channels, D, H, W)."""
+        bias = self.conv_out.bias
+        assert bias is not None
+        return pointwise(x, self.conv_out.weight.flatten(1), bias)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """1x1x1 convolution of x (N, C, D, H, W) with weight (C, O) and bias (O,), in channels-last memory."""
+    z = to_rows(x) @ weight
+    return to_volume(z + bias.to(z.dtype), x)
+
+
+def to_rows(x: Tensor) -> Tensor:
+    """View of (N, C, D, H, W) as (N, V, C)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_volume(rows: Tensor, like: Tensor) -> Tensor:
+    """View of rows (N, V, C) as (N, C, D, H, W), with the spatial size of `like`."""
+    n, d, h, w = like.shape[0], like.shape[2], like.shape[3], like.shape[4]
+    return rows.view(n, d, h, w, rows.shape[2]).permute(0, 4, 1, 2, 3)
+
+
+def norm_over_voxels(rows: Tensor) -> Tensor:
+    """Euclidean norm (N, C) of rows (N, V, C) over V; its gradient is zero at an all-zero channel."""
+    if rows.is_cuda:
+        return torch.linalg.vector_norm(rows, dim=1, dtype=statistics_type(rows))
+    total = torch.zeros(1, device=rows.device)
+    for piece in rows.split(4096, 1) if streams(rows) else [rows]:
+        total = total + (piece * piece).sum(1, dtype=statistics_type(rows))
+    return total.clamp_min(1e-30).sqrt()
+
+
+def statistics_type(x: Tensor) -> torch.dtype:
+    """In which precision sums over voxels are taken."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def streams(x: Tensor) -> bool:
+    """Whether this is inference on a CPU: then voxels go by in pieces that stay in cache."""
+    if torch.is_grad_enabled() or x.device.type != "cpu":
+        return False
+    return torch.jit.is_scripting() or not is_recorded()
+
+
+def is_recorded() -> bool:
+    """Whether a graph is being recorded, for an export or a compiler."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
 
 LEVELS = 5
 REDUCTION = 2 ** (LEVELS - 1)

@@ -21,8 +21,7 @@ from openvino import opset13 as ops
 from torch import Tensor, nn
 
 from ..files import file_sha256, whole_file
-from .blocks import Block, UpBlock
-from .network import REDUCTION, MedNeXt
+from .network import REDUCTION, Block, MedNeXt, UpBlock
 
 logger = logging.getLogger("comnet")
 

@@ -15,10 +15,20 @@ regions too, and NaN only where the brain is empty (`calibration`). Every `sd` i
 
 from __future__ import annotations
 
-from .calibration import CalibrationErrord, calibration_columns, calibration_scores
-from .lesions import LESION_SCORES, lesion_scores
 from .paired import PAPER, may_infer, paired_differences
-from .scores import EMPTY_HD95_MM, SCORES, MeanRegionDice, RegionDice, score_subject, summarise
+from .scores import (
+    EMPTY_HD95_MM,
+    LESION_SCORES,
+    SCORES,
+    CalibrationErrord,
+    MeanRegionDice,
+    RegionDice,
+    calibration_columns,
+    calibration_scores,
+    lesion_scores,
+    score_subject,
+    summarise,
+)
 
 __all__ = [
     "EMPTY_HD95_MM",

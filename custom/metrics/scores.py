@@ -1,23 +1,104 @@
-"""Scores of one subject and of many: overlap, surface distance, volumes, and their handlers."""
+"""Scores of one subject and of many: overlap, surface distance, lesions, calibration, and their handlers."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from monai.config import NdarrayOrTensor
+from monai.config import KeysCollection, NdarrayOrTensor
 from monai.handlers import IgniteMetricHandler
-from monai.metrics import DiceMetric, compute_dice, compute_hausdorff_distance, compute_surface_dice
+from monai.metrics import (
+    CalibrationErrorMetric,
+    DiceMetric,
+    compute_dice,
+    compute_hausdorff_distance,
+    compute_surface_dice,
+)
+from monai.transforms import MapTransform
+from monai.transforms.utils import generate_spatial_bounding_box
 from monai.utils import convert_to_tensor
 
 from ..cohort import REGIONS
-from .lesions import LESION_SCORES, crop_to_masks, lesion_scores
+
+if TYPE_CHECKING:
+    from panoptica import Panoptica_Evaluator
+
+logger = logging.getLogger("comnet")
+
+LESION_SCORES = ("lesion_dice", "lesion_dice_brats", "lesion_nsd", "lesion_hd95", "lesion_f1")
+COUNTS = ("lesions", "lesions_found", "lesions_false")
+
+
+def lesion_scores(prediction: torch.Tensor, reference: torch.Tensor, spacing: Sequence[float]) -> dict[str, float]:
+    """Score the lesions of one region.
+
+    Args:
+        prediction: boolean `[X, Y, Z]`.
+        reference: the same shape.
+        spacing: size of a voxel along each axis, in mm.
+
+    Returns:
+        `lesion_dice` and `lesion_nsd`, in [0, 1], and `lesion_hd95` in mm: means over the pairs of lesions. Without a
+        pair 0, 0 and NaN; NaN where the reference is empty. `lesion_dice_brats` is the same Dice, but 0 where only the
+        reference is empty and 1 where both are. Surfaces count as the same up to the smallest side of a voxel.
+        `lesion_f1`, of detection, in [0, 1]: pairs over the mean number of predicted and true lesions; NaN where there
+        are none. `lesions`, those of the reference; `lesions_found`, those of them with a pair; `lesions_false`,
+        predicted ones without. All NaN, after one warning, where panoptica is not installed.
+    """
+    if (evaluator := _evaluator()) is None:
+        return dict.fromkeys((*LESION_SCORES, *COUNTS), math.nan)
+    if not (prediction.any() or reference.any()):
+        return dict.fromkeys(LESION_SCORES, math.nan) | {"lesion_dice_brats": 1.0} | dict.fromkeys(COUNTS, 0.0)
+    ours, theirs = (mask.numpy().astype(np.uint8) for mask in crop_to_masks(prediction, reference))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of voxels of 0.5 mm, which it takes for a default
+        (found,) = evaluator.evaluate(ours, theirs, voxelspacing=tuple(spacing), result_all=False).values()
+    pairs, missed, false = int(found.tp), int(found.fn), int(found.fp)
+    values = {"dice": float(found.sq_dsc), "nsd": float(found.sq_nsd), "hd95": float(found.sq_hd95)}
+    scores = {f"lesion_{name}": value if pairs + missed else math.nan for name, value in values.items()}
+    scores |= {"lesion_dice_brats": values["dice"], "lesion_f1": 2 * pairs / (2 * pairs + missed + false)}
+    return scores | {name: float(n) for name, n in zip(COUNTS, (pairs + missed, pairs, false), strict=True)}
+
+
+@functools.cache
+def _evaluator() -> Panoptica_Evaluator | None:
+    try:
+        import panoptica
+        from panoptica.instance_matcher import MaxBipartiteMatching
+        from panoptica.utils.citation_reminder import disable_citation_reminder
+        from panoptica.utils.edge_case_handling import EdgeCaseHandler, EdgeCaseResult, MetricZeroTPEdgeCaseHandling
+    except ImportError as error:
+        logger.warning("no lesion-wise scores (NaN): %s; pip install 'panoptica>=2.1,<3'", error)
+        return None
+    disable_citation_reminder()  # it would be printed among the results; it is cited above
+    dice, nsd, hd95 = panoptica.Metric.DSC, panoptica.Metric.NSD, panoptica.Metric.HD95
+    without_pairs = {dice: EdgeCaseResult.ZERO, nsd: EdgeCaseResult.ZERO, hd95: EdgeCaseResult.NAN}
+    return panoptica.Panoptica_Evaluator(
+        expected_input=panoptica.InputType.SEMANTIC,
+        instance_approximator=panoptica.ConnectedComponentsInstanceApproximator(panoptica.CCABackend.cc3d),
+        instance_matcher=MaxBipartiteMatching(dice, matching_threshold=0.0, strict_threshold=True),
+        edge_case_handler=EdgeCaseHandler(
+            {metric: MetricZeroTPEdgeCaseHandling(result) for metric, result in without_pairs.items()}
+        ),
+        instance_metrics=[dice, nsd, hd95],
+        global_metrics=[],
+    )
+
+
+def crop_to_masks(prediction: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut both masks `[X, Y, Z]` to the box around their union, which must not be empty."""
+    start, end = generate_spatial_bounding_box((prediction | reference)[None])
+    box = tuple(map(slice, start, end))
+    return prediction[box], reference[box]
+
 
 EMPTY_HD95_MM = 373.12866
 """Diagonal of the 240×240×155 grid at 1 mm: BraTS' distance where exactly one of the two masks is empty."""
@@ -216,3 +297,116 @@ def _moments(values: Iterable[float]) -> dict[str, float]:
     defined: Sequence[float] = [value for value in values if not math.isnan(value)]
     mean = statistics.fmean(defined) if defined else math.nan
     return {"mean": mean, "sd": statistics.stdev(defined) if len(defined) > 1 else math.nan, "n": len(defined)}
+
+
+OUTPUT_KEY, BRIER_KEY = "calibration", "brier"
+
+
+def calibration_scores(
+    probabilities: NdarrayOrTensor, reference: NdarrayOrTensor, brain: NdarrayOrTensor, num_bins: int = 20
+) -> dict[str, dict[str, float]]:
+    """Expected calibration error and Brier score of each region over the brain.
+
+    Only voxels of the brain count: outside of it probabilities are zero by construction, and as many correct zeros as
+    the image has background would make every model look calibrated.
+
+    Args:
+        probabilities: `[3, *spatial]` in [0, 1], ET, TC and WT.
+        reference: binary, the same shape.
+        brain: `[1, *spatial]` or `[*spatial]`, nonzero inside.
+        num_bins: of equal width over [0, 1].
+
+    Returns:
+        `{"ece": {"ET": ..., "TC": ..., "WT": ...}, "brier": {...}}`, all in [0, 1], 0 best: the mean over voxels of the
+        distance between a bin's mean probability and its share of reference voxels (Guo et al. 2017), and the mean
+        squared distance of probability and reference. NaN where the brain is empty.
+
+    Raises:
+        ValueError: the shapes do not fit, probabilities lie outside of [0, 1], or the reference is not binary.
+    """
+    predicted = convert_to_tensor(probabilities, track_meta=False, dtype=torch.float32)
+    expected = convert_to_tensor(reference, track_meta=False, device=predicted.device)
+    inside = convert_to_tensor(brain, track_meta=False, device=predicted.device)
+    _check_shapes(predicted, expected, inside)
+    voxels = inside.reshape(predicted.shape[1:]) != 0
+    predicted, expected = predicted[:, voxels], expected[:, voxels].float()
+    if not ((predicted >= 0) & (predicted <= 1)).all():
+        raise ValueError("probabilities have values outside of [0, 1]: apply the sigmoid first")
+    if not ((expected == 0) | (expected == 1)).all():
+        raise ValueError("the reference has values other than 0 and 1: convert the label map to regions")
+    errors = CalibrationErrorMetric(num_bins, metric_reduction="none")(predicted[None], expected[None])[0]
+    brier = (predicted - expected).square().mean(dim=1)
+    return {"ece": _by_region(errors), "brier": _by_region(brier)}
+
+
+class CalibrationErrord(MapTransform):
+    """Measure the calibration of a subject's probabilities, see :func:`calibration_scores`, over its brain only.
+
+    For a chain of postprocessing, after :class:`custom.transforms.MaskToBraind` and before the threshold. Voxels
+    outside the brain are left out. The numbers are plain floats, which ``custom.batch.Batch`` puts among the scores.
+
+    `{"_target_": "custom.metrics.CalibrationErrord", "keys": "pred"}`
+
+    Args:
+        keys: one item of probabilities, ``[3, *spatial]``, on the input's own grid.
+        label_key: reference regions, binary, the same shape.
+        brain_key: mask from :class:`custom.transforms.LoadSubjectd`, ``[1, *spatial]``.
+        output_key: item that receives ``{"ET": error, "TC": error, "WT": error}``, each in [0, 1].
+        brier_key: item that receives the Brier scores in the same form.
+        num_bins: of equal width over [0, 1].
+
+    Raises:
+        KeyError: on call, where an item is absent.
+        ValueError: on call, see :func:`calibration_scores`.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "pred",
+        label_key: str = "label",
+        brain_key: str = "brain",
+        output_key: str = OUTPUT_KEY,
+        brier_key: str = BRIER_KEY,
+        num_bins: int = 20,
+    ) -> None:
+        super().__init__(keys)
+        self.label_key = label_key
+        self.brain_key = brain_key
+        self.output_key = output_key
+        self.brier_key = brier_key
+        self.num_bins = num_bins
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return ``data`` with the numbers beside the probabilities, which stay as they are."""
+        subject = dict(data)
+        for key in self.key_iterator(subject):
+            scores = calibration_scores(subject[key], subject[self.label_key], subject[self.brain_key], self.num_bins)
+            subject |= {self.output_key: scores["ece"], self.brier_key: scores["brier"]}
+        return subject
+
+
+def calibration_columns(subject: Mapping[Any, Any]) -> dict[str, float]:
+    """Columns of a row of scores for what :class:`CalibrationErrord` has left in a subject under its default keys.
+
+    Returns:
+        `ET_ece` to `mean_ece` and `ET_brier` to `mean_brier`; nothing where the transform did not run.
+    """
+    columns: dict[str, float] = {}
+    for name, key in (("ece", OUTPUT_KEY), ("brier", BRIER_KEY)):
+        if (values := subject.get(key)) is not None:
+            columns |= {f"{region}_{name}": float(values[region]) for region in REGIONS}
+            columns[f"mean_{name}"] = mean_of_defined(columns[f"{region}_{name}"] for region in REGIONS)
+    return columns
+
+
+def _check_shapes(probabilities: torch.Tensor, reference: torch.Tensor, brain: torch.Tensor) -> None:
+    grid = probabilities.shape[1:]
+    if probabilities.shape != (len(REGIONS), *grid) or reference.shape != probabilities.shape:
+        shapes = f"probabilities {tuple(probabilities.shape)} and reference {tuple(reference.shape)}"
+        raise ValueError(f"{shapes} are not both [3, *spatial], one channel for each of {', '.join(REGIONS)}")
+    if brain.shape not in (grid, (1, *grid)):
+        raise ValueError(f"brain {tuple(brain.shape)} is not on the grid {tuple(grid)} of the probabilities")
+
+
+def _by_region(values: torch.Tensor) -> dict[str, float]:
+    return dict(zip(REGIONS, values.tolist(), strict=True))

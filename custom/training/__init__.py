@@ -1,8 +1,7 @@
 """What MONAI lacks for training: losses of the paper, handlers, and going on exactly where training was stopped."""
 
-from .handlers import EpochSeeder, GradientClipper, ProgressBar
+from .handlers import EpochSeeder, GradientClipper, ProgressBar, Publisher, Resumer, subjects_digest
 from .losses import DeepSupervisionLoss, DscPlusPlusBCELoss, dsc_plus_plus
-from .resume import Publisher, Resumer, subjects_digest
 from .selection import CheckpointSaver, EarlyStopHandler, Selection, ValidationHandler
 
 __all__ = [

@@ -5,7 +5,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import RandGaussianNoised
 
-from custom.augmentation import RandBrainMaskd, RandDropModalitiesd, RandModalityContrastd, WithinBrain
+from custom.training.augmentation import RandBrainMaskd, RandDropModalitiesd, RandModalityContrastd, WithinBrain
 
 SIZE = (14, 16, 12)
 BRAIN = (slice(3, 11), slice(3, 13), slice(3, 9))

@@ -25,7 +25,7 @@ from custom.corrdiff import (
     corrdiff_base,
     corrdiff_tiny,
 )
-from custom.corrdiff.denoiser import Upsampling
+from custom.corrdiff.diffusion import Upsampling
 
 
 def test_entropy_is_in_bits_and_safe_at_the_extremes():

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from custom.crossval.inputs import Subjects
-from custom.crossval.plan import Job, make_plan
-from custom.crossval.snakefile import start_job, write_snakefile
+from custom.crossval.plan import Job, make_plan, start_job, write_snakefile
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -73,7 +72,7 @@ def test_some_failed_subjects_are_no_failure(code, expected, jobs, tmp_path, mon
     monkeypatch.setattr(Job, "command", lambda self: f"echo 'of {{{self.name}}}'; exit {code}")
     write_snakefile(jobs, tmp_path / "Snakefile")
     shell = shell_of(rules_of(tmp_path / "Snakefile")["predict_coarse"], log="log.txt")
-    shell = shell.replace("python -m custom.crossval.snakefile 'a run' predict_coarse", "true")
+    shell = shell.replace("python -m custom.crossval.plan 'a run' predict_coarse", "true")
     assert subprocess.run(["bash", "-euo", "pipefail", "-c", shell]).returncode == expected
     assert Path("log.txt").read_text() == "of {predict_coarse}\n"
 
@@ -100,6 +99,6 @@ def test_before_a_job_starts_its_earlier_state_is_moved_away_as_by_the_local_run
 
 def test_the_step_before_a_job_is_a_command(jobs, tmp_path):
     write_snakefile(jobs, tmp_path / "Snakefile")
-    words = [sys.executable, "-m", "custom.crossval.snakefile", str(tmp_path / "a run"), "report"]
+    words = [sys.executable, "-m", "custom.crossval.plan", str(tmp_path / "a run"), "report"]
     subprocess.run(words, check=True, cwd=REPOSITORY)
     assert json.loads((tmp_path / "a run" / "jobs" / "report.json").read_text())["status"] == "started"

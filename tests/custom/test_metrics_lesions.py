@@ -14,7 +14,8 @@ import torch
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
-from custom.metrics import lesion_scores, lesions, score_subject
+from custom.metrics import lesion_scores, score_subject
+from custom.metrics import scores as lesions
 
 SHAPE = (40, 40, 40)
 ISOTROPIC = (1.0, 1.0, 1.0)

@@ -11,8 +11,8 @@ from monai.transforms import Compose, MapTransform, RandomizableTransform
 from monai.utils import ensure_tuple
 from torch.nn.functional import max_pool3d
 
-from .cohort import MODALITIES
-from .transforms import nonzero_voxels
+from ..cohort import MODALITIES
+from ..transforms import nonzero_voxels
 
 REQUIRED = ("t1c", "flair")
 
