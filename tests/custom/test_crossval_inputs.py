@@ -203,7 +203,7 @@ class TestCode:
             name: self.changed_by(package / name, code, code + "CHANGED = 1\n")
             for name in (
                 "mednext/network.py",
-                "corrdiff/denoiser.py",
+                "corrdiff/diffusion.py",
                 "metrics/scores.py",
                 "cli.py",
                 "crossval/plan.py",
@@ -211,7 +211,7 @@ class TestCode:
         }
         assert changed == {
             "mednext/network.py": [0, 1, 2, 3, 4],
-            "corrdiff/denoiser.py": [2, 3, 4],
+            "corrdiff/diffusion.py": [2, 3, 4],
             "metrics/scores.py": [0, 1, 2, 3, 4],
             "cli.py": [],
             "crossval/plan.py": [],
