@@ -6,7 +6,7 @@ import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import nibabel as nib
 import numpy as np
@@ -20,7 +20,7 @@ from .files import UserError
 from .inference import NativeGridWriter, PostprocessRegionsd, SaveSubjectd, told_warnings, volumes_ml
 from .weights import Weights
 
-Image = str | os.PathLike[str] | nib.Nifti1Image
+Image: TypeAlias = "str | os.PathLike[str] | nib.Nifti1Image"
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Segmenter:
         """
         images = dict(zip(MODALITIES, (t1n, t1c, t2w, flair), strict=True))
         with tempfile.TemporaryDirectory(prefix="comnet-") as folder:
-            files = {key: _file(image, Path(folder, f"{key}.nii")) for key, image in images.items()}
+            files: dict[str, Any] = {key: _file(image, Path(folder, f"{key}.nii")) for key, image in images.items()}
             in_memory = not isinstance(t1n, (str, os.PathLike))
             subject = subject_from_files(**files, name=name or ("subject" if in_memory else None))
             item = self._preprocessing({"subject": subject.name, "image": list(subject.images)})

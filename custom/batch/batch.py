@@ -218,7 +218,7 @@ class Batch:
         item = self.items[name]
         write_qc_picture(
             self.folder.path(name, f"{name}_qc.png"),
-            input_files(item | {"label": None}),
+            input_files({**item, "label": None}),
             self.folder.path(name, f"{name}_seg.nii.gz"),
             title=name,
             weights_note=self.weights.note,

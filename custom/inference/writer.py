@@ -43,6 +43,7 @@ class NativeGridWriter(NibabelWriter):
 
     def __init__(self, output_dtype: DtypeLike = np.float32, **kwargs: Any) -> None:
         super().__init__(output_dtype=output_dtype, **kwargs)
+        self.output_dtype: Any = self.output_dtype
         self.source: Path | None = None
 
     def set_data_array(
@@ -58,6 +59,7 @@ class NativeGridWriter(NibabelWriter):
         whole_numbers = array.dtype.kind in "bui" or np.issubdtype(requested or array.dtype, np.integer)
         self.output_dtype = np.uint8 if whole_numbers else np.float32
         super().set_data_array(array, channel_dim, squeeze_end_dims=False, **kwargs)
+        self.data_obj: Any = self.data_obj
         if squeeze_end_dims and self.data_obj.shape[-1] == 1:
             self.data_obj = self.data_obj[..., 0]
 

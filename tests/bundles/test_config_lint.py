@@ -14,6 +14,7 @@ import pytest
 from monai.bundle.config_item import ComponentLocator
 
 import custom
+from custom.release import config_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path for path in REPOSITORY.glob("bundles/*/configs/*.json") if path.name != "metadata.json")
@@ -184,6 +185,12 @@ def test_overlays_of_one_name_agree(one, other):
 def test_an_overlay_repeats_nothing(path):
     base = flat(read(path.with_name(base_of(path))))
     assert not {key for key, value in read(path).items() if key in base and base[key] == value}
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("bundles/*/configs/*.json")), ids=name_of)
+def test_every_config_is_laid_out_the_same_way(path):
+    """One line for whatever fits into one; `custom.release.config_text` writes it so."""
+    assert path.read_text(encoding="utf-8") == config_text(read(path))
 
 
 REPEATED = ["LICENSE", "configs/logging.conf", "configs/multi_gpu_evaluate.json", "docs/data_license.txt"]

@@ -193,23 +193,6 @@ def test_targets_exist(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
-def test_every_component_of_ours_waits_for_the_path(path):
-    content = json.loads(path.read_text())
-
-    def check(node):
-        if isinstance(node, dict):
-            if str(node.get("_target_", "")).startswith("custom.") and node is not content.get("path_setup"):
-                assert node.get("_requires_") == "@path_setup", node["_target_"]
-            for value in node.values():
-                check(value)
-        elif isinstance(node, list):
-            for value in node:
-                check(value)
-
-    check(content)
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_no_absolute_path(path):
     assert not re.search(r'"(/|[A-Z]:\\|~)', path.read_text())
 

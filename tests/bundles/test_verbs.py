@@ -104,6 +104,48 @@ def downloaded(dist, url, bare, tmp_path_factory) -> Path:
     return folder
 
 
+FIRST = {
+    "inference.json": [
+        *("weights", "network_def", "network", "preprocessing", "postprocessing", "cohort"),
+        *("inferer", "few_windows", "whole_volume", "sliding_window"),
+    ],
+    "train.json": [
+        *("network_def", "network", "cohort", "loss", "optimizer", "coarse_inferer"),
+        *("train#preprocessing", "train#inferer", "train#postprocessing"),
+        *("validate#preprocessing", "validate#postprocessing", "validate#inferer", "validate#key_metric"),
+    ],
+}
+ASK_FOR_EACH = """
+import os, sys
+from monai.bundle import ConfigParser
+config, root, *entries = sys.argv[1:]
+for entry in entries:  # each in a process where nothing of ours has been imported
+    child = os.fork()
+    if child:
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"{entry} of {config} does not find the package by itself")
+        continue
+    parser = ConfigParser()
+    parser.read_config(config)
+    parser.update({"bundle_root": root})
+    if parser.get(entry) is not None:
+        parser.get_parsed_content(entry)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("config", FIRST)
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_whatever_is_asked_for_first_finds_the_package(downloaded, bare, bundle, config):
+    """Servers, exporters and clients ask for parts of a config, not for a run; `_requires_` stands where it must."""
+    root = downloaded / bundle
+    arguments = ["-S", "-c", ASK_FOR_EACH, str(root / "configs" / config), str(root), *FIRST[config]]
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd="/", env=bare, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+
+
 def test_custom_is_not_there_by_itself(bare):
     probe = "import importlib.util, monai; print(importlib.util.find_spec('custom'))"
     assert monai_bundle(bare, code=probe).split()[-1] == "None"
