@@ -159,22 +159,21 @@ def bundle_files(bundle: Path, checkpoint: Path | None = None, base_url: str = "
     return files
 
 
-def release_weights(source: str | Path, target: str | Path, **facts: Any) -> str:
-    """Write weights as they are released: in half precision, and with provenance that says so.
-
-    Values that half precision cannot hold, such as the sums of a codebook, stay as they are.
+def release_weights(source: str | Path, target: str | Path, half: bool = True, **facts: Any) -> str:
+    """Write weights as they are released, with provenance that says so.
 
     Args:
         source: a checkpoint.
         target: file to write, such as `bundles/comnet_ensemble/models/model.pt`.
+        half: in half precision; values that it cannot hold, such as the sums of a codebook, stay as they are.
         facts: what its provenance says besides or instead, such as `notes`, which stands on every report.
 
     Returns:
         The SHA-256 to enter into `custom.weights.RELEASED`: until then the file is refused.
     """
     state, found = read_checkpoint(source)
-    halves = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
-    smaller = {name: half if half.isfinite().all() else state[name] for name, half in halves.items()}
+    halves = {name: value.half() if half and value.is_floating_point() else value for name, value in state.items()}
+    smaller = {name: value if value.isfinite().all() else state[name] for name, value in halves.items()}
     with whole_file(target) as temporary:
         temporary.write_bytes(_as_bytes(plain_state_dict(smaller, found | {"release": __version__} | facts)))
     return file_sha256(target)

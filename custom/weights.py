@@ -26,7 +26,10 @@ logger = logging.getLogger("comnet")
 MODEL_KEY = "model"
 PROVENANCE_KEY = "provenance"
 NUM_FOLDS = 5
-RELEASED: dict[str, str] = {}
+RELEASED: dict[str, str] = {
+    "comnet_ensemble": "b14ca6763ce9f1b0217c0eb4a32a426e435305f1ec67db76354baa2466a514b3",
+    "comnet_mednext": "c43203ec44d9079e567bc90bf024486f69de4f95d81ccbe39e7186b9c740a9f1",
+}
 """SHA-256 of each bundle's released ``models/model.pt``: a file that says it is a release must be one of them."""
 DEFAULT_SETTINGS: dict[str, list[Any]] = {
     "thresholds": [0.5] * len(REGIONS),
