@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from timing import peak_resident_bytes
 
-from custom import cli, comnet, ledger
+from custom import cli, comnet
+from custom.batch import Batch
 from custom.inference import SubjectDataset, SubjectEvaluator
 from custom.mednext.openvino import OpenVINOMedNeXt
 
@@ -42,8 +43,8 @@ def main() -> None:
     clock(OpenVINOMedNeXt, "forward", "backbones")
     clock(comnet.CoMNeT, "refine", "CorrDiff")
     clock(comnet.CoMNeT, "segment", "averaging the folds")
-    clock(ledger.Ledger, "_draw", "picture")
-    clock(ledger.Ledger, "close", "tables and report")
+    clock(Batch, "_draw", "picture")
+    clock(Batch, "close", "tables and report")
     clock(SubjectEvaluator, "_iteration", "post-processing and writing")
     try:
         cli.main(["segment", *sys.argv[1:]])
