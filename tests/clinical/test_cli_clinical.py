@@ -47,9 +47,11 @@ def test_prepare_takes_up_what_is_there_and_goes_on_after_a_bad_study(
     assert comnet(*words) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / prepared.name)
     (tmp_path / "empty").mkdir()
-    assert comnet("prepare", tmp_path / "empty", "--output_dir", tmp_path / "out") == 4
+    mask = ("--brain_mask", brain_mask)  # so that no library for brains is needed
+    assert comnet("prepare", tmp_path / "empty", "--output_dir", tmp_path / "out", *mask) == 4
     assert "it is empty" in caplog.text
-    assert "give one at a time" in str(comnet("prepare", scan.folder, tmp_path, "--t1c", 5, "--output_dir", tmp_path))
+    both = ("prepare", scan.folder, tmp_path, "--t1c", 5, "--output_dir", tmp_path, *mask)
+    assert "give one at a time" in str(comnet(*both))
 
 
 def test_segment_raw_brings_masks_back_to_the_scanner(scan, prepared, brain_mask, weights, tmp_path):

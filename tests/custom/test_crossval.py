@@ -196,7 +196,7 @@ class TestDigest:
         monkeypatch.setattr(bundle_run, "bundle_root", lambda name: newer / "bundles" / name)
         monkeypatch.setattr(inputs, "bundle_root", lambda name: newer / "bundles" / name)
         assert {name: job.digest() for name, job in plan(subjects, tmp_path / "run").items()} == digests
-        (newer / "custom" / "corrdiff" / "denoiser.py").open("a").write("\nMORE = 1\n")
+        (newer / "custom" / "corrdiff" / "diffusion.py").open("a").write("\nMORE = 1\n")
         after = plan(subjects, tmp_path / "run")
         stages = {job.stage for name, job in after.items() if job.digest() != digests[name]}
         assert stages == {"predict_coarse", "train_comnet", "score_comnet", "ensemble"}
