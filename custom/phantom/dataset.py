@@ -12,6 +12,8 @@ from nibabel import orientations
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+from ..cohort import Cohort
+from ..cohort.cohort import Item
 from ..files import UserError, whole_file
 from .anatomy import BRAIN_BOX_MM, Brain, Glioma, Lesion, SmoothField, Tissues
 
@@ -127,6 +129,26 @@ def write_cohort(
         )
         for number in numbers
     ]
+
+
+def training_phantoms(root: str | os.PathLike[str], num_subjects: int, seed: int = 0) -> list[Item]:
+    """Items of whole heads of 1 mm, written to `root` where they are not yet, to be trained on beside patients.
+
+    Their names, phantom_0001, …, are no patient's, and weights that were trained on them tell.
+
+    Args:
+        root: folder of the phantoms.
+        num_subjects: how many; 0 writes none and gives no items.
+        seed: of the first; the others' follow it.
+    """
+    if num_subjects == 0:
+        return []
+    for number in range(1, num_subjects + 1):
+        name = f"phantom_{number:04d}"
+        if not (Path(root) / name / MASK_FILE).exists():  # the file that is written last
+            enhancing = not _is_drawn(number, 0.25)
+            write_phantom(root, name, (240, 240, 155), (1.0, 1.0, 1.0), seed=seed + number, enhancing=enhancing)
+    return Cohort(os.fspath(root), num_folds=min(5, num_subjects)).subjects()
 
 
 def _is_drawn(number: int, share: float) -> bool:
