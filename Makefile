@@ -8,10 +8,12 @@ READY := $(VENV)/.ready
 # A thread that waits must not starve other processes: see docs/decisions.md.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test lint bench pack clean help
+.PHONY: demo demo-training test lint bench pack clean help
 
 help:
-	@echo "make demo   synthetic subjects -> three models, five folds each -> ensemble -> tables, figures, pictures"
+	@echo "make demo   three fresh phantoms, or DATA=folder of yours, segmented with the released weights: runs/demo/report.html"
+	@echo "make demo-training"
+	@echo "            phantoms -> three models, five folds each -> ensemble -> tables, figures, pictures (minutes)"
 	@echo "make test   all tests with coverage"
 	@echo "make lint   ruff check, ruff format --check, mypy"
 	@echo "make pack   the three bundles as zips that work by themselves (dist/)"
@@ -25,7 +27,10 @@ $(READY): requirements.lock pyproject.toml
 	touch $@
 
 demo: $(READY)
-	$(BIN)/comnet demo --output_dir runs/demo
+	$(BIN)/comnet demo --output_dir runs/demo $(if $(DATA),--data "$(DATA)")
+
+demo-training: $(READY)
+	$(BIN)/comnet demo_training --output_dir runs/demo-training
 
 test: $(READY)
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered

@@ -317,7 +317,9 @@ def pack(output_dir: str = "dist", weights: str | None = None, repo: str = "") -
         print(f"{output_dir}/{name}")
 
 
-def demo_training(output_dir: str = "runs/demo", seed: int = 0, num_subjects: int = 10, num_held_out: int = 4) -> None:
+def demo_training(
+    output_dir: str = "runs/demo-training", seed: int = 0, num_subjects: int = 10, num_held_out: int = 4
+) -> None:
     """Show the whole way on synthetic subjects: three models cross-validated, the ensemble, masks, scores, pictures.
 
     Args:
@@ -326,7 +328,7 @@ def demo_training(output_dir: str = "runs/demo", seed: int = 0, num_subjects: in
         num_subjects: phantoms that the five folds share.
         num_held_out: phantoms that no fold sees, on which each step from one backbone to the whole is scored.
     """
-    from .demo import run_demo
+    from .demo_training import run_demo
 
     run = Path(output_dir)
     steps = run_demo(run, seed, num_subjects, num_held_out)
@@ -338,9 +340,30 @@ def demo_training(output_dir: str = "runs/demo", seed: int = 0, num_subjects: in
     )
 
 
-def demo(output_dir: str = "runs/demo", seed: int = 0, num_subjects: int = 10, num_held_out: int = 4) -> None:
-    """Do what `comnet demo_training` does."""
-    demo_training(output_dir, seed, num_subjects, num_held_out)
+def demo(data: str | None = None, output_dir: str = "runs/demo", seed: int = 0, num_subjects: int = 3) -> None:
+    """Segment fresh phantoms, or subjects of yours, with the released weights; score them where there are masks.
+
+    What `comnet segment` without --weights does is done here; its exit codes are the same.
+
+    Args:
+        data: folder of subjects, or of one; by default phantoms are made.
+        output_dir: folder for phantoms, masks, pictures and report.html; a stopped demo goes on from there.
+        seed: of the phantoms: another seed gives other phantoms.
+        num_subjects: how many phantoms.
+    """
+    from .demo import PHANTOM_REMARK, write_demo_report, write_phantoms
+
+    run = _path(output_dir)
+    folders = [_path(data)] if data else write_phantoms(run / "phantoms", num_subjects, seed)
+    code: Any = 0
+    try:
+        segment(*map(str, folders), output_dir=str(run / "segmented"))
+    except SystemExit as leave:  # some failed: the report tells of the others
+        code = leave.code
+    page, table = write_demo_report(run, folders, "" if data else PHANTOM_REMARK)
+    print(table, *([] if data else [PHANTOM_REMARK]), f"look at {page}", sep="\n")
+    if code:
+        raise SystemExit(code)
 
 
 SPIN_COUNT = "1000"

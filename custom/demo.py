@@ -1,77 +1,151 @@
-"""The demo of training: the whole way on synthetic subjects, and what each part of CoMNeT adds on held-out ones."""
+"""The first minute: phantoms or a folder of the user's, segmented with the released weights, scored where masks are."""
 
 from __future__ import annotations
 
+import csv
+import math
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .crossval.inputs import Overlays, prepare_subjects
-from .crossval.plan import Job, make_plan
-from .crossval.runner import run_plan
-from .phantom import write_cohort
-from .report import read_scores, write_scores_report
+import numpy as np
 
-PHANTOM_NOTE = "DEMO WEIGHTS: trained on synthetic phantoms only, meaningless on patients"
-GEOMETRY: dict[str, Any] = {"shape": (64, 72, 56), "spacing": (2.5, 2.5, 2.5)}
-UNTUNED = {"thresholds": [0.5] * 3, "min_volume_mm3": [50.0] * 3}
-STEPS: dict[str, tuple[str, dict[str, Any]]] = {
-    "MedNeXt, one fold": ("comnet/fold0", UNTUNED | {"refine_regions": [False] * 3}),
-    "one fold + CorrDiff": ("comnet/fold0", UNTUNED | {"refine_regions": [True] * 3}),
-    "five folds": ("ensemble", UNTUNED | {"refine_regions": [False] * 3}),
-    "five folds + CorrDiff": ("ensemble", UNTUNED | {"refine_regions": [True] * 3}),
-    "CoMNeT as tuned": ("ensemble", {}),
-}
-"""From a single backbone to the whole: which weights of the run, with which settings."""
+from .cohort import REGIONS, Subject, SubjectError, check_subject, find_subjects
+from .phantom import write_phantom
+from .phantom.dataset import MASK_FILE
+
+GEOMETRY: dict[str, Any] = {"shape": (128, 154, 128), "spacing": (1.25, 1.25, 1.25)}
+"""A whole head; at 1 mm it takes twice as long to make."""
+PHANTOM_REMARK = "Phantoms are simulated: that they are segmented well or badly says nothing about patients."
 
 
-def run_demo(run: Path, seed: int = 0, num_subjects: int = 10, num_held_out: int = 4) -> Path:
-    """Cross-validate the three models on phantoms, and score each step from one backbone to the whole on others.
+def write_phantoms(folder: Path, num_subjects: int, seed: int = 0, **geometry: Any) -> list[Path]:
+    """Write those phantoms that are not there yet, two at a time.
 
     Args:
-        run: folder for subjects, weights, masks, scores and reports; a stopped demo goes on from there.
-        seed: seed of everything.
-        num_subjects: phantoms that the five folds share.
-        num_held_out: phantoms that no fold sees.
+        folder: where to write phantom_<seed>_1, phantom_<seed>_2, … Every fourth has no enhancing tumour.
+        num_subjects: how many.
+        seed: another seed gives other phantoms, of other names.
+        geometry: shape and spacing, see `write_phantom`; by default `GEOMETRY`.
 
     Returns:
-        The report of the steps.
+        The subjects' folders.
     """
-    _write_once(run / "subjects", num_subjects, seed=seed)
-    _write_once(run / "held_out", num_held_out, seed=seed + 1, first_id=9001)
-    subjects = prepare_subjects(run / "subjects", run, seed=seed)
-    plan = make_plan(run, subjects, overlays=["demo.json"], seed=seed, notes=PHANTOM_NOTE)
-    parts = Overlays(["demo.json"], run).values("comnet_corrdiff", "train.json")
-    networks = {key: parts[key] for key in ("backbone", "corrector", "spacing", "patch_size", "num_workers")}
-    steps = [_score_step(run, number, name, networks) for number, name in enumerate(STEPS, start=1)]
-    run_plan([*plan, *steps], run, min(2, os.cpu_count() or 1))
-    folders = [job.overrides["output_dir"] for job in steps]
-    scores = [score for folder in folders for score in read_scores(folder)]
-    pictures = {path.parent.name: path for path in sorted(folders[-1].glob("*/*_qc.png"))}
-    page = run / "steps" / "scores.html"
-    title = "CoMNeT: from one backbone to the whole"
-    write_scores_report(page, scores, pictures, title, "Held-out phantoms", PHANTOM_NOTE)
-    return page
+    from tqdm import tqdm
+
+    names = {number: f"phantom_{seed}_{number}" for number in range(1, num_subjects + 1)}
+
+    def write(number: int) -> None:
+        own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])  # none that weights were trained on
+        write_phantom(folder, names[number], seed=own, enhancing=number % 4 != 0, **GEOMETRY | geometry)
+
+    absent = [number for number, name in names.items() if not (folder / name / MASK_FILE).exists()]  # written last
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:  # NumPy and SciPy let go of the interpreter lock
+        list(tqdm(pool.map(write, absent), "phantoms", len(absent), unit="subject", disable=not absent))
+    return [folder / name for name in names.values()]
 
 
-def _write_once(folder: Path, count: int, **options: Any) -> None:
-    """Write phantoms unless all are there; written anew, they would count as other subjects."""
-    if len(list(folder.glob("*/*.nii.gz"))) < 5 * count:
-        write_cohort(folder, count, progress=True, **GEOMETRY, **options)
+def write_demo_report(run: Path, folders: Sequence[Path], remark: str = "") -> tuple[Path, str]:
+    """Gather what `comnet segment` has left in `run`/segmented as one page and a table; score it where there are masks.
 
+    A subject that the weights were trained on is not scored, nor one whose mask cannot be read or lies on another grid.
 
-def _score_step(run: Path, number: int, name: str, networks: dict[str, Any]) -> Job:
-    weights, settings = STEPS[name]
-    output = run / "steps" / str(number)
-    places = {"dataset_dir": run / "held_out", "weights_dir": run / weights, "output_dir": output}
-    facts = {"num_folds": 1 if weights.startswith("comnet") else 5, "batch#model": name}
-    return Job(
-        f"score_step{number}",
-        run,
-        "comnet_ensemble",
-        ("inference.json", "evaluate.json"),
-        overrides=places | networks | facts | settings,
-        reads=(run / weights / "model.pt",),
-        writes=(output / "scores.csv",),
-        folders=(output,),
+    Args:
+        run: folder of the demo; the page is its report.html.
+        folders: subject folders or dataset folders that were segmented.
+        remark: what the reader of the scores must know.
+
+    Returns:
+        The page, and the table as text: volumes in ml, and Dice.
+
+    Raises:
+        UserError: the folders hold no subject.
+    """
+    from .bundle_run import bundle_root
+    from .report import write_segment_report
+    from .report.reports import DONE, EARLIER
+    from .weights import Weights
+
+    weights = Weights(bundle_root("comnet_ensemble") / "models")
+    subjects, exclusions = find_subjects([*folders], require_label=False)
+    with (run / "segmented" / "volumes.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["status"] != EARLIER]
+    done = {row["subject"] for row in rows if row["status"] == DONE}
+    pictures, scores, remarks = {}, [], [remark] * bool(remark)
+    for subject in (one for one in subjects if one.name in done):
+        results = run / "segmented" / subject.name
+        pictures[subject.name] = results / f"{subject.name}_qc.png"
+        try:
+            if subject.label is not None:
+                scores.append({"subject": subject.name} | score(subject, results, weights))
+                pictures[subject.name] = draw_beside_truth(subject, results, run, weights.note)
+        except SubjectError as error:
+            remarks.append(f"Not scored: {error}")
+    page = run / "report.html"
+    write_segment_report(
+        page, rows, exclusions, pictures, {"weights_note": weights.note}, "CoMNeT: demo", scores, remarks
     )
+    return page, text_table(rows, scores)
+
+
+def score(subject: Subject, results: Path, weights: Any) -> dict[str, float]:
+    """Dice of ET, TC and WT by region; NaN where the true region is empty.
+
+    Args:
+        subject: with a mask.
+        results: folder with its label map.
+        weights: the `Weights` that made the label map.
+
+    Raises:
+        SubjectError: the weights were trained on the subject, or its mask is not what it should be.
+    """
+    import nibabel as nib
+    import torch
+
+    from .metrics.scores import overlap_scores
+    from .transforms import label_map_to_regions
+
+    if subject.name in weights.trained_on:
+        reason = "the weights were trained on this subject: a score would be too good"
+        raise SubjectError(subject.name, str(subject.label), reason, "Score subjects that they have not seen")
+    check_subject(subject, unknown_labels="background", allow_empty_mask=True)
+    files = {str(subject.label): subject.palette, str(results / f"{subject.name}_seg.nii.gz"): "brats2023"}
+    reference, found = (
+        label_map_to_regions(torch.from_numpy(np.rint(nib.load(file).get_fdata(dtype=np.float32))), palette).bool()
+        for file, palette in files.items()
+    )
+    pairs = zip(REGIONS, found, reference, strict=True)
+    return {region: overlap_scores(ours, theirs)["dice"] for region, ours, theirs in pairs}
+
+
+def draw_beside_truth(subject: Subject, results: Path, run: Path, weights_note: str) -> Path:
+    """Draw the label map with the mask dashed into `run`/pictures; return the picture's path."""
+    from .report import write_qc_picture
+
+    path = run / "pictures" / f"{subject.name}.png"
+    write_qc_picture(
+        path,
+        subject.images,
+        results / f"{subject.name}_seg.nii.gz",
+        reference_path=subject.label,
+        reference_palette=subject.palette,
+        title=subject.name,
+        weights_note=weights_note,
+    )
+    return path
+
+
+def text_table(rows: Sequence[dict[str, str]], scores: Sequence[dict[str, Any]]) -> str:
+    """Volumes in ml, and Dice where there are scores, a line a subject; a dash stands for what is not defined."""
+    by_subject = {str(one["subject"]): one for one in scores}
+    width = max([len("subject"), *(len(row["subject"]) for row in rows)])
+    heads = [*(f"{region} ml" for region in REGIONS), *(f"Dice {region}" for region in REGIONS if scores)]
+    lines = [" ".join(["subject".ljust(width), *(head.rjust(8) for head in heads)])]
+    for row in rows:
+        values = [(float(row[f"{region.lower()}_ml"] or math.nan), 1) for region in REGIONS]
+        values += [(by_subject.get(row["subject"], {}).get(region, math.nan), 3) for region in REGIONS if scores]
+        cells = ["–" if math.isnan(value) else f"{value:.{decimals}f}" for value, decimals in values]
+        lines.append(" ".join([row["subject"].ljust(width), *(cell.rjust(8) for cell in cells)]))
+    return "\n".join(lines)

@@ -61,6 +61,8 @@ def write_segment_report(
     pictures: Mapping[str, PathLike] | None = None,
     settings: Mapping[str, Any] | None = None,
     title: str = "CoMNeT: segmentation report",
+    scores: Scores = (),
+    remarks: Sequence[str] = (),
 ) -> None:
     """Writes one self-contained HTML page about a segmentation run.
 
@@ -74,6 +76,8 @@ def write_segment_report(
         pictures: path of the QC picture by subject; pictures are embedded as JPEG.
         settings: shown as a table; "weights_note" goes to the top of the page.
         title: title of the page.
+        scores: of subjects with a mask: "subject" and the Dice of ET, TC and WT as `dice_of` reads it.
+        remarks: sentences for the top of the page.
     """
     settings, pictures = dict(settings or {}), pictures or {}
     own, earlier = ([row for row in rows if (row.get("status") == EARLIER) == old] for old in (False, True))
@@ -88,7 +92,7 @@ def write_segment_report(
         path,
         "segment.html",
         title=title,
-        notes=[weights_line(note)],
+        notes=[weights_line(note), *remarks],
         facts={
             "segmented": len(done),
             "failed or left out": len(failures),
@@ -103,6 +107,12 @@ def write_segment_report(
             ("subject", *volumes),
             [_volume_cells(row, linked=True) for row in done],
             "Click a heading to sort",
+            sortable=True,
+        ),
+        dice=Table(
+            ("subject", *COLUMNS),
+            [[Cell(str(score["subject"]), subject=str(score["subject"])), *_dice_cells(score)] for score in scores],
+            "Against the masks; – where the region is rightly empty. Click a heading to sort",
             sortable=True,
         ),
         subjects=[_subject(row, pictures.get(str(row["subject"]))) for row in done],
