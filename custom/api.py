@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser
 from monai.transforms import Compose, CopyItemsd
 
 from .bundle_run import bundle_root, config_value, ensemble_settings, plainly, refuse_unknown
-from .cohort import MODALITIES, subject_from_files
+from .cohort import MODALITIES, missing_modalities, subject_from_files
 from .files import UserError
 from .inference import NativeGridWriter, PostprocessRegionsd, SaveSubjectd, told_warnings, volumes_ml
 from .weights import Weights
@@ -28,17 +28,19 @@ class Segmentation:
     """What `Segmenter.segment` found in one subject.
 
     Attributes:
-        label_map: on the grid of the T1n image, ``[x, y, z]`` uint8; values as the bundle's ``output_palette``
+        label_map: on the grid of the first image, ``[x, y, z]`` uint8; values as the bundle's ``output_palette``
             says: 1 core, 2 oedema, 3 enhancing tumour by default.
         volumes: of ET, TC and WT, in ml.
         warnings: what is odd about images or result, as sentences.
         probabilities: of ET, TC and WT on the same grid, ``[x, y, z, 3]`` float32 in [0, 1], where they were asked for.
+        missing: keys of the modalities that were not given; what that costs is among the warnings.
     """
 
     label_map: nib.Nifti1Image
     volumes: dict[str, float]
     warnings: list[str]
     probabilities: nib.Nifti1Image | None = None
+    missing: tuple[str, ...] = ()
 
 
 class Segmenter:
@@ -92,14 +94,17 @@ class Segmenter:
     @plainly()
     def segment(
         self,
-        t1n: Image,
-        t1c: Image,
-        t2w: Image,
-        flair: Image,
+        t1n: Image | None = None,
+        t1c: Image | None = None,
+        t2w: Image | None = None,
+        flair: Image | None = None,
         name: str | None = None,
         probabilities: bool = False,
     ) -> Segmentation:
-        """Segment one subject.
+        """Segment one subject by the modalities there are: T1c or T2-FLAIR must be among them.
+
+        Weights that were not trained for missing modalities refuse fewer than four, unless ``allow_missing=True`` is
+        among the settings.
 
         Args:
             t1n: T1 before contrast: a NIfTI file, or an image as nibabel loads it; skull-stripped, as all four.
@@ -112,10 +117,11 @@ class Segmenter:
         Raises:
             SubjectError: an image is absent, damaged, or does not fit the others; says which, and what to do.
         """
-        images = dict(zip(MODALITIES, (t1n, t1c, t2w, flair), strict=True))
+        given = dict(zip(MODALITIES, (t1n, t1c, t2w, flair), strict=True))
+        images = {key: image for key, image in given.items() if image is not None}
         with tempfile.TemporaryDirectory(prefix="comnet-") as folder:
             files: dict[str, Any] = {key: _file(image, Path(folder, f"{key}.nii")) for key, image in images.items()}
-            in_memory = not isinstance(t1n, (str, os.PathLike))
+            in_memory = not isinstance(next(iter(images.values()), ""), (str, os.PathLike))
             subject = subject_from_files(**files, name=name or ("subject" if in_memory else None))
             item = self._preprocessing({"subject": subject.name, "image": list(subject.images)})
             with torch.no_grad(), torch.autocast("cuda", enabled=self._amp):
@@ -125,7 +131,8 @@ class Segmenter:
             label_map = _image(item["pred"], np.uint8)
             maps = _image(item["probabilities"], np.float32) if probabilities else None
         volumes = volumes_ml(item["pred"], self._palette)
-        return Segmentation(label_map, volumes, [*warnings, *told_warnings(item["erased"], volumes)], maps)
+        told = [*warnings, *told_warnings(item["erased"], volumes)]
+        return Segmentation(label_map, volumes, told, maps, missing_modalities(subject.images))
 
     @plainly()
     def segment_raw(
@@ -154,8 +161,6 @@ class Segmenter:
         from .clinical.study import prepare_study
 
         prepared = prepare_study(Path(study), Path(output_dir) / "prepared", **preparing)
-        if missing := [key for key in MODALITIES if key not in prepared.images]:
-            raise UserError(f"{prepared.name} has no {' and no '.join(missing)}: it can be looked at, not segmented")
         images = {modality: str(path) for modality, path in prepared.images.items()}
         found = self.segment(**images, name=prepared.name, probabilities=True)
         folder = Path(output_dir) / prepared.name

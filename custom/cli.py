@@ -41,6 +41,8 @@ def segment(
 ) -> None:
     """Segment subjects: label map on each subject's own grid, volumes.csv, pictures and report.html.
 
+    A subject may lack modalities, but not both T1c and T2-FLAIR; what that costs stands on all results.
+
     Exit codes: 0 all segmented, 3 some failed or were excluded, 4 none could be segmented, 1 could not start.
 
     Args:
@@ -48,8 +50,8 @@ def segment(
         output_dir: folder for the results; a stopped run goes on from what is there.
         weights: folder with model.pt (a whole CoMNeT) or fold<k>/model.pt (backbones only); by default the
             released ones.
-        t1n: one subject instead of folders: its T1 before contrast.
-        t1c: its T1 after contrast.
+        t1n: one subject instead of folders, by the modalities there are: its T1 before contrast.
+        t1c: its T1 after contrast; this or T2-FLAIR must be there.
         t2w: its T2.
         flair: its T2-FLAIR.
         name: its name; by default what tells its files from those of others, else that of their folder.
@@ -69,7 +71,8 @@ def segment(
         brain_mask: with raw, a brain mask of one's own.
         keep_names: with raw, name results after the study's folder instead of study-<hash>.
         every_series: with raw, masks also on the grids of T1n, T2w and T2-FLAIR as scanned.
-        overrides: any other value of the bundle's inference.json, by name.
+        overrides: any other value of the bundle's inference.json, by name; --allow_missing segments subjects that lack
+            modalities by weights that were not trained for that.
     """
     files = {"t1n": t1n, "t1c": t1c, "t2w": t2w, "flair": flair}
     preparing: dict[str, Any] = {
@@ -134,9 +137,6 @@ def _dataset(inputs: Sequence[str], files: Mapping[str, str | None], name: str |
     if inputs and (given or name):
         raise UserError("give either folders, or one subject by --t1n --t1c --t2w --flair (and --name), not both")
     if given:
-        missing = [f"--{key}" for key in files if key not in given]
-        if missing:
-            raise UserError(f"one subject needs four files: {', '.join(missing)} missing")
         return given | ({"name": Path(name)} if name else {})
     if not inputs:
         raise UserError(

@@ -10,12 +10,14 @@ import os
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import __version__
+from .cohort import MODALITIES, REGIONS
 from .files import UserError, file_sha256, whole_file, write_text
 from .weights import PROVENANCE_KEY, TRUSTED, Checkpoint, CheckpointError, check_settings, read_checkpoint
 
@@ -166,17 +168,35 @@ def release_weights(source: str | Path, target: str | Path, half: bool = True, *
         source: a checkpoint.
         target: file to write, such as `bundles/comnet_ensemble/models/model.pt`.
         half: in half precision; values that it cannot hold, such as the sums of a codebook, stay as they are.
-        facts: what its provenance says besides or instead, such as `notes`, which stands on every report.
+        facts: what its provenance says besides or instead, such as `notes`, which stands on every report, and
+            `missing_modalities`, the mean held-out Dice of ET, TC and WT without modalities, which stands on every
+            result of a subject that lacks them:
+            `{"nothing": [0.60, 0.82, 0.87], "t1n": [...], "t1n+t2w": [...], ...}`, keys in the order of `MODALITIES`.
 
     Returns:
         The SHA-256 to enter into `custom.weights.RELEASED`: until then the file is refused.
+
+    Raises:
+        UserError: `missing_modalities` is no such table.
     """
+    _check_missing(facts.get("missing_modalities", {}))
     state, found = read_checkpoint(source)
     halves = {name: value.half() if half and value.is_floating_point() else value for name, value in state.items()}
     smaller = {name: value if value.isfinite().all() else state[name] for name, value in halves.items()}
     with whole_file(target) as temporary:
         temporary.write_bytes(_as_bytes(plain_state_dict(smaller, found | {"release": __version__} | facts)))
     return file_sha256(target)
+
+
+def _check_missing(table: Mapping[str, Any]) -> None:
+    subsets = {"+".join(keys) for count in range(1, len(MODALITIES)) for keys in combinations(MODALITIES, count)}
+    for key, row in table.items():
+        three = len(row) == len(REGIONS) and all(0 <= dice <= 1 for dice in row)
+        if key not in {"nothing", *subsets} or not three:
+            raise UserError(
+                f"missing_modalities has {key!r}: {row!r}: give keys such as 'nothing', 't1n' or 't1n+t2w', and three "
+                f"Dice each, of {', '.join(REGIONS)}"
+            )
 
 
 def plain_state_dict(state: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> OrderedDict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -15,8 +16,9 @@ from monai.transforms import MapTransform, RandomizableTransform, Spacing, Spati
 from monai.transforms.inverse import InvertibleTransform
 from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys, TraceKeys, ensure_tuple
 
-from .cohort import REGION_TISSUES, REGIONS, palette_values, read_scan
+from .cohort import REGION_TISSUES, REGIONS, SubjectError, named_modalities, palette_values, read_scan
 
+logger = logging.getLogger("comnet")
 DEFAULT_PALETTE = "brats2021"
 
 
@@ -83,15 +85,19 @@ class LoadSubjectd(MapTransform):
     """Load the four modalities of a subject, check them, and put right what can be put right without doubt.
 
     Stands in for MONAI's `LoadImaged`, which stops at the last voxel it needs and takes any files for modalities. Each
-    file is read once, see `custom.cohort.read_scan`.
+    file is read once, see `custom.cohort.read_scan`. An absent modality is a channel of zeros, which it stays in
+    resampling and normalisation: what `RandDropModalitiesd` makes of one in training.
 
     Args:
-        keys: one item: a list of four files in the order of `MODALITIES`, or one file with four channels. It becomes
-            ``[4, x, y, z]`` float32 with the metadata that `LoadImaged` gives, and ``meta["subject"]``.
+        keys: one item: a list of four files in the order of `MODALITIES`, with an empty name for an absent one, or one
+            file with four channels. It becomes ``[4, x, y, z]`` float32 with the metadata that `LoadImaged` gives,
+            ``meta["subject"]`` and ``meta["missing"]``, the absent modalities by name, such as ``"T1n, T2w"``.
         subject_key: item that holds the subject's name; where it is absent the file's own name serves.
         brain_key: item that receives the brain's mask on the input's own grid, ``[1, x, y, z]`` uint8: voxels that are
             nonzero in any modality.
         warnings_key: item that receives what is odd about the images, a list of sentences.
+        allow_missing: take subjects that lack modalities, with a warning; T1c or T2-FLAIR must be there.
+        missing_dice: what that costs, see :attr:`custom.weights.Weights.missing_dice`.
 
     Raises:
         SubjectError: on call, what is wrong with which file of the subject.
@@ -103,16 +109,21 @@ class LoadSubjectd(MapTransform):
         subject_key: str = "subject",
         brain_key: str = "brain",
         warnings_key: str = "warnings",
+        allow_missing: bool = False,
+        missing_dice: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         super().__init__(keys)
         (self.key,) = self.keys
         self.subject_key, self.brain_key, self.warnings_key = subject_key, brain_key, warnings_key
+        self._allow_missing, self._missing_dice = allow_missing, missing_dice
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return ``data`` with the image loaded, and name, brain and warnings beside it."""
         files = [os.fspath(file) for file in ensure_tuple(data[self.key])]
-        name = str(data.get(self.subject_key) or subject_name({"filename_or_obj": files[0]}))
-        scan = read_scan(name, files[0] if len(files) == 1 else files)
+        first = next(filter(None, files), "")
+        name = str(data.get(self.subject_key) or subject_name({"filename_or_obj": first}))
+        scan = read_scan(name, first if len(files) == 1 else files)
+        warnings = [*self._told_missing(name, first, scan.missing), *scan.warnings]
         voxels = torch.from_numpy(np.stack(scan.images, dtype=np.float32, casting="unsafe"))
         meta = {
             MetaKeys.AFFINE: torch.from_numpy(scan.affine.copy()),
@@ -120,15 +131,35 @@ class LoadSubjectd(MapTransform):
             MetaKeys.SPATIAL_SHAPE: np.array(voxels.shape[1:]),
             MetaKeys.SPACE: SpaceKeys.RAS,
             MetaKeys.ORIGINAL_CHANNEL_DIM: 0,
-            ImageMetaKey.FILENAME_OR_OBJ: files[0],
+            ImageMetaKey.FILENAME_OR_OBJ: first,
             "subject": name,
+            "missing": named_modalities(scan.missing),
         }
         return dict(data) | {
             self.key: MetaTensor(voxels, meta=meta),
             self.subject_key: name,
             self.brain_key: torch.from_numpy(scan.brain[None].astype(np.uint8, order="C")),
-            self.warnings_key: scan.warnings,
+            self.warnings_key: warnings,
         }
+
+    def _told_missing(self, name: str, file: str, missing: Sequence[str]) -> list[str]:
+        """What is to be said of absent modalities; an error where they are not allowed."""
+        if not missing:
+            return []
+        names, costs = named_modalities(missing), self._missing_dice
+        if not self._allow_missing:
+            reason = f"no {names}, and these weights are not known to have been trained for missing modalities"
+            remedy = "Add what is missing, or say --allow_missing for a mask that cannot be relied on"
+            raise SubjectError(name, file, reason, remedy)
+        told = "less accurate, how much was not measured"
+        if costs is None:
+            told = "these weights were not trained for missing modalities, the mask cannot be relied on"
+        elif {key := "+".join(missing), "nothing"} <= set(costs):
+            held_out, full = ([f"{dice:.2f}" for dice in costs[one]] for one in (key, "nothing"))
+            regions = ", ".join(f"{region} {dice}" for region, dice in zip(REGIONS, held_out, strict=True))
+            told = f"held-out Dice {regions}; with all four {', '.join(full)}"
+        logger.warning("%s: without %s: %s", name, names, told)
+        return [f"without {names}: {told}"]
 
 
 class MaskToBraind(MapTransform):

@@ -239,9 +239,24 @@ class Weights:
         Each is a list for ET, TC and WT; ``DEFAULT_SETTINGS`` where the weights were never tuned, as single folds are,
         and where there are no weights yet.
         """
+        return {name: list(self._facts_if_any.get(name, default)) for name, default in DEFAULT_SETTINGS.items()}
+
+    @cached_property
+    def missing_dice(self) -> dict[str, list[float]] | None:
+        """Mean held-out Dice of ET, TC and WT without modalities: ``{"nothing": [...], "t1n+t2w": [...], ...}``.
+
+        From the provenance (``missing_modalities``, see `custom.release.release_weights`). Empty where modalities were
+        dropped in training and nothing was measured; None where neither is known.
+        """
+        table = self._facts_if_any.get("missing_modalities")
+        if table is None:
+            return {} if self._facts_if_any.get("drop_modalities_prob") else None
+        return {str(key): [float(dice) for dice in row] for key, row in table.items()}
+
+    @property
+    def _facts_if_any(self) -> dict[str, Any]:
         there = self.path.is_file() or any(self.path.glob("model.pt")) or any(self.path.glob("fold*/model.pt"))
-        facts = self.facts if there else {}
-        return {name: list(facts.get(name, default)) for name, default in DEFAULT_SETTINGS.items()}
+        return self.facts if there else {}
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ logger = logging.getLogger("comnet")
 
 EXIT_SOME_FAILED = 3
 EXIT_NONE_SEGMENTED = 4
-VOLUME_COLUMNS = ("subject", "et_ml", "tc_ml", "wt_ml", "status", "seconds", "warnings", "weights")
+VOLUME_COLUMNS = ("subject", "et_ml", "tc_ml", "wt_ml", "missing", "status", "seconds", "warnings", "weights")
 
 
 class Batch:
@@ -173,6 +173,7 @@ class Batch:
         volumes = volumes_ml(label_map, palette)
         record = self._record(name, "done", [*warnings, *told_warnings(output.get("erased", ()), volumes)])
         record |= {"key": self._key(name), "files": stamps(self.items[name]), "volumes_ml": volumes}
+        record["missing"] = output["image"].meta["missing"] if "image" in output else ""
         if output.get("label") is not None:
             from ..metrics import PAPER, calibration_columns, score_subject
 
@@ -202,7 +203,7 @@ class Batch:
         record = self.records[name]
         if self.pictures:
             try:
-                self._draw(name, record["warnings"])
+                self._draw(name, record["warnings"], record["missing"])
             except Exception as error:
                 logger.warning("subject %s: no picture: %s", name, error)
                 record["warnings"].append(f"no picture: {error}")
@@ -212,7 +213,7 @@ class Batch:
             logger.error("subject %s: %s", name, error)
             self._fail(name, str(error))
 
-    def _draw(self, name: str, warnings: Sequence[str]) -> None:
+    def _draw(self, name: str, warnings: Sequence[str], missing: str) -> None:
         from ..report import write_qc_picture
 
         item = self.items[name]
@@ -221,6 +222,7 @@ class Batch:
             input_files({**item, "label": None}),
             self.folder.path(name, f"{name}_seg.nii.gz"),
             title=name,
+            subtitle=missing and f"without {missing}",
             weights_note=self.weights.note,
             palette=self.settings["output_palette"],
             reference_path=item.get("label"),
@@ -308,5 +310,6 @@ def _volume_row(record: Mapping[str, Any]) -> dict[str, Any]:
     numbers = {f"{region.lower()}_ml": volume for region, volume in record.get("volumes_ml", {}).items()}
     numbers |= {"seconds": record["seconds"]} if "seconds" in record else {}
     told = [*record.get("warnings", ()), *([record["reason"]] if "reason" in record else [])]
-    texts = {"warnings": "; ".join(told), **{key: record.get(key, "") for key in ("subject", "status", "weights")}}
+    texts = {key: record.get(key, "") for key in ("subject", "missing", "status", "weights")}
+    texts["warnings"] = "; ".join(told)
     return {key: f"{value:.3f}" for key, value in numbers.items()} | texts

@@ -57,7 +57,7 @@ class Records:
             name = str(item["subject"])
             if name in ("", ".", "..") or name != os.path.basename(name):
                 raise UserError(f"{name!r} cannot be the name of a subject: it names no folder of its own")
-            folders = {os.path.dirname(os.path.abspath(path)) for path in input_files(item)}
+            folders = {os.path.dirname(os.path.abspath(path)) for path in input_files(item) if path}
             if any(os.path.exists(folder) and _same(folder, self.output_dir / name) for folder in folders):
                 raise UserError(f"{name}: results would lie among its images: choose another output_dir")
             for kind in IMAGES:
@@ -110,7 +110,7 @@ class Records:
 
 
 def input_files(item: Item) -> list[str]:
-    """Paths of a subject's images and, where it is to be scored, of its label."""
+    """Paths of a subject's images, empty for an absent modality, and, where it is to be scored, of its label."""
     images = [item["image"]] if isinstance(item["image"], str) else list(item["image"])
     return [*images, *([item["label"]] if item.get("label") else [])]
 
@@ -118,15 +118,18 @@ def input_files(item: Item) -> list[str]:
 def stamps(item: Item) -> list[list[Any]]:
     """Path, size and time of each of a subject's files; a file that is not there has neither."""
     found: list[list[Any]] = []
-    for path in map(os.path.abspath, input_files(item)):
+    for path in input_files(item):
         stat = os.stat(path) if os.path.exists(path) else None
-        found.append([path, stat and stat.st_size, stat and stat.st_mtime_ns])
+        found.append([path and os.path.abspath(path), stat and stat.st_size, stat and stat.st_mtime_ns])
     return found
 
 
 def _other_subject(earlier: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]]) -> bool:
-    """Whether files differ in path and in content, as far as size and time tell; moved files are the same subject."""
-    pairs = zip(earlier, now, strict=False)
+    """Whether files differ in path and in content, as far as size and time tell; moved files are the same subject.
+
+    A modality that is absent before or now says nothing.
+    """
+    pairs = [(one, other) for one, other in zip(earlier, now, strict=False) if one[0] and other[0]]
     return all(one[0] != other[0] and list(one[1:]) != list(other[1:]) for one, other in pairs)
 
 

@@ -34,7 +34,7 @@ def prepare(
         t1c: the series that is T1c.
         t2w: the series that is T2w.
         flair: the series that is T2-FLAIR.
-        without: modalities that may be missing, such as t1c; such a study can be looked at, not segmented.
+        without: modalities that may be missing, such as t1n; to be segmented, a study needs T1c or T2-FLAIR.
         study: which study of a folder that holds several, counted by date from 1.
         brain_mask: a brain mask of one's own, on any grid in T1c's space.
         keep_names: name results after the study's folder instead of study-<hash>.

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from ..cohort import MODALITY_NAMES as NAMES
 from ..cohort import SubjectError
 
-NAMES = {"t1n": "T1n", "t1c": "T1c", "t2w": "T2w", "flair": "T2-FLAIR"}
 _TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality"),
     *("PatientID", "PatientName", "PatientBirthDate", "StudyDate", "StudyTime", "AcquisitionTime", "ContentTime"),

@@ -6,14 +6,29 @@ from .checks import Scan, check_subject, read_scan, zero_background
 from .cohort import Cohort
 from .datalist import assign_folds, build_datalist, exclusions_file, load_datalist, write_datalist
 from .layouts import LAYOUTS, find_subjects, subject_from_files, subjects_from_names
-from .subject import MODALITIES, PALETTES, REGION_TISSUES, REGIONS, Exclusion, Subject, SubjectError, palette_values
+from .subject import (
+    MODALITIES,
+    MODALITY_NAMES,
+    PALETTES,
+    REGION_TISSUES,
+    REGIONS,
+    REQUIRED,
+    Exclusion,
+    Subject,
+    SubjectError,
+    missing_modalities,
+    named_modalities,
+    palette_values,
+)
 
 __all__ = [
     "LAYOUTS",
     "MODALITIES",
+    "MODALITY_NAMES",
     "PALETTES",
     "REGIONS",
     "REGION_TISSUES",
+    "REQUIRED",
     "Cohort",
     "Exclusion",
     "Scan",
@@ -25,6 +40,8 @@ __all__ = [
     "exclusions_file",
     "find_subjects",
     "load_datalist",
+    "missing_modalities",
+    "named_modalities",
     "palette_values",
     "read_scan",
     "subject_from_files",

@@ -18,7 +18,18 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from ..files import UserError
-from .subject import MODALITIES, PALETTES, REGION_TISSUES, REGIONS, Exclusion, Subject, SubjectError
+from .subject import (
+    MODALITIES,
+    PALETTES,
+    REGION_TISSUES,
+    REGIONS,
+    Exclusion,
+    Subject,
+    SubjectError,
+    check_required,
+    missing_modalities,
+    named_modalities,
+)
 from .volumes import Volume, read_volume
 
 GRID_TOLERANCE = np.array([[1e-3, 1e-3, 1e-3, 0.05]] * 4)
@@ -37,14 +48,16 @@ MOST_HIDDEN_BRAIN = 0.5
 
 @dataclass
 class Scan:
-    """The four images of one subject on the grid of the first, ready to compute with.
+    """The images of one subject on the grid of the first, ready to compute with.
 
     Attributes:
-        images: four arrays [x, y, z] in the order of `MODALITIES`; of the file's own type unless put right.
+        images: four arrays [x, y, z] in the order of `MODALITIES`; of the file's own type unless put right. An absent
+            modality is 0 everywhere.
         header: of the first file.
         affine: of the first file.
         brain: [x, y, z] bool, where any image is not 0.
         warnings: what is odd, and what was put right, in sentences for people.
+        missing: keys of the modalities that are absent.
     """
 
     images: list[np.ndarray]
@@ -52,6 +65,7 @@ class Scan:
     affine: np.ndarray
     brain: np.ndarray
     warnings: list[str]
+    missing: tuple[str, ...] = ()
 
 
 def read_scan(subject: str, images: str | Sequence[str]) -> Scan:
@@ -62,20 +76,24 @@ def read_scan(subject: str, images: str | Sequence[str]) -> Scan:
 
     Args:
         subject: named in errors.
-        images: four files in the order of `MODALITIES`, or one file with four channels in this order.
+        images: four files in the order of `MODALITIES`, or one file with four channels in this order. An absent
+            modality is an empty name, or a channel of zeros.
 
     Raises:
-        SubjectError: the first thing found wrong.
+        SubjectError: the first thing found wrong; neither T1c nor T2-FLAIR is there.
     """
     if isinstance(images, str):
         scan = _read_channels(subject, images)
     elif len(images) == len(MODALITIES):
-        named = dict(zip(MODALITIES, map(str, images), strict=True))
+        named = {key: str(file) for key, file in zip(MODALITIES, images, strict=True) if file}
         _check_different_files(subject, named)
         scan = [read_volume(subject, file, what) for what, file in named.items()]
     else:
         reason = f"{len(images)} images, not one each for {', '.join(MODALITIES)}"
         raise SubjectError(subject, str(next(iter(images), "")), reason, "Give four files, or one with four channels")
+    held = {image.what: image for image in scan}
+    missing = missing_modalities([held.get(key) for key in MODALITIES])
+    check_required(subject, missing, scan[0].file if scan else "")
     for image in scan:
         _check_values(image)
         _check_size(image)
@@ -86,7 +104,8 @@ def read_scan(subject: str, images: str | Sequence[str]) -> Scan:
     _check_different_voxels(scan)
     brain = _compare_brains(scan)
     warnings = [f"{image.what}: {warning}" for image in scan for warning in image.warnings]
-    return Scan([image.voxels for image in scan], scan[0].header, scan[0].affine, brain, warnings)
+    voxels = [held[key].voxels if key in held else np.zeros_like(scan[0].voxels) for key in MODALITIES]
+    return Scan(voxels, scan[0].header, scan[0].affine, brain, warnings, missing)
 
 
 def check_subject(
@@ -108,14 +127,17 @@ def check_subject(
         "has_et" (None without a mask) and "warnings", sentences for people. All values are fit for JSON.
 
     Raises:
-        SubjectError: the first thing found wrong.
+        SubjectError: the first thing found wrong; a modality is missing.
         UserError: `unknown_labels` is neither of the two.
     """
     if unknown_labels not in ("exclude", "background"):
         raise UserError(f'unknown_labels is {unknown_labels!r}: give "exclude" or "background".')
+    if missing := missing_modalities(subject.images):
+        reason, remedy = f"no {named_modalities(missing)}", "Add it, or use the subject for inference only"
+        raise SubjectError(subject.name, subject.folder, reason, remedy)
     if require_label and subject.label is None:
-        folder = os.path.dirname(subject.images[0])
-        raise SubjectError(subject.name, folder, "no tumour mask", "Add one, or use the subject for inference only")
+        remedy = "Add one, or use the subject for inference only"
+        raise SubjectError(subject.name, subject.folder, "no tumour mask", remedy)
     if subject.label is not None:
         files = zip((*MODALITIES, "mask"), (*subject.images, subject.label), strict=True)
         _check_different_files(subject.name, dict(files))
@@ -146,10 +168,11 @@ def _read_channels(subject: str, file: str) -> list[Volume]:
     if whole.voxels.shape[3] != len(MODALITIES):
         reason = f"it holds {whole.voxels.shape[3]} channels, not one each for {', '.join(MODALITIES)}"
         raise whole.error(reason, "Make it of the four modalities with `comnet stack`")
-    return [
-        replace(whole, what=what, voxels=whole.voxels[..., channel], warnings=[] if channel else whole.warnings)
-        for channel, what in enumerate(MODALITIES)
-    ]
+    channels = [(what, whole.voxels[..., channel]) for channel, what in enumerate(MODALITIES)]
+    parts = [replace(whole, what=what, voxels=voxels, warnings=[]) for what, voxels in channels if voxels.any()]
+    for first in parts[:1]:
+        first.warnings += whole.warnings
+    return parts
 
 
 def _check_different_files(subject: str, files: Mapping[str, str]) -> None:
@@ -366,7 +389,7 @@ def check_subjects(
         except Exception as error:  # a fault of ours, or of the machine, must not cost the other subjects
             logger.debug("%s: the check failed", subject.name, exc_info=True)
             reason = f"the check itself failed ({type(error).__name__}: {error})"
-            return Exclusion(subject.name, os.path.dirname(subject.images[0]), reason, "Report this, with the message")
+            return Exclusion(subject.name, subject.folder, reason, "Report this, with the message")
 
     workers = num_workers or min(MOST_WORKERS, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:

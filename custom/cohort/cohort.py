@@ -84,10 +84,11 @@ class Cohort:
         return copy.deepcopy(self._datalist["training"])
 
     def inputs(self) -> list[Item]:
-        """Items to infer on, found by name alone: "subject" and "image" (four absolute paths). Masks are not looked at.
+        """Items to infer on, found by name alone: "subject" and "image". Masks are not looked at.
 
-        Nothing is opened: each subject is checked as it is loaded, see `custom.transforms.LoadSubjectd`. Folders whose
-        files do not tell four modalities are in `exclusions` and in the log.
+        "image" is four absolute paths in order of `MODALITIES`; that of an absent modality is empty. Nothing is opened:
+        each subject is checked as it is loaded, see `custom.transforms.LoadSubjectd`. Folders whose files tell neither
+        T1c nor T2-FLAIR, or leave open what is missing, are in `exclusions` and in the log.
 
         Raises:
             ValueError: nothing there could be a subject.
@@ -97,7 +98,7 @@ class Cohort:
 
     @cached_property
     def _inputs(self) -> list[Item]:
-        subjects, self.exclusions = find_subjects(self.dataset_dir, self.layout, self.palette, require_label=False)
+        subjects, self.exclusions = find_subjects(self.dataset_dir, self.layout, self.palette, False, subsets=True)
         logger.info("%s: %d subjects to infer on, %d excluded", self.dataset_dir, len(subjects), len(self.exclusions))
         for exclusion in self.exclusions:
             logger.warning("excluded: %s", exclusion)

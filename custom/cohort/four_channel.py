@@ -13,7 +13,7 @@ from ..files import UserError
 from .checks import read_scan
 from .cohort import Cohort
 from .layouts import subject_from_files
-from .subject import MODALITIES, Exclusion, SubjectError
+from .subject import MODALITIES, Exclusion, SubjectError, named_modalities
 from .volumes import image_like, write_whole
 
 logger = logging.getLogger("comnet")
@@ -45,7 +45,8 @@ def stack(
     """Make one four-channel file a subject, `<output_dir>/<subject>.nii.gz`: T1n, T1c, T2w, T2-FLAIR in this order.
 
     Every file is read to its last byte and checked as `comnet validate` does. A subject that fails is named with its
-    reason, and the others are stacked.
+    reason, and the others are stacked. An absent modality is a channel of zeros, with a warning: such a file is for
+    inference only.
 
     Args:
         inputs: subject folders, or dataset folders, or both.
@@ -66,8 +67,8 @@ def stack(
         OSError: a folder is absent or cannot be written.
     """
     files: dict[str, Any] = {"t1n": t1n, "t1c": t1c, "t2w": t2w, "flair": flair}
-    if bool(inputs) == any(files.values()) or (any(files.values()) and not all(files.values())):
-        raise UserError("give folders, or one subject by all four of --t1n --t1c --t2w --flair")
+    if bool(inputs) == any(files.values()):
+        raise UserError("give folders, or one subject by --t1n --t1c --t2w --flair")
     if not inputs:
         subject = subject_from_files(**files, name=name)
         return [stack_files(subject.images, Path(output_dir) / f"{subject.name}.nii.gz", subject.name)]
@@ -84,13 +85,13 @@ def stack(
 
 
 def stack_files(images: Sequence[str], output: str | Path, subject: str = "subject") -> str:
-    """Check four files and write them as one, `[X, Y, Z, 4]`, on the grid of the first, whole or not at all.
+    """Check a subject's files and write them as one, `[X, Y, Z, 4]`, on the grid of the first, whole or not at all.
 
-    The type of the voxels is kept where all four share one that every tool reads, else it is float32. Geometry is the
+    The type of the voxels is kept where all share one that every tool reads, else it is float32. Geometry is the
     header's of the first file, field by field; free text in it, which may identify the patient, is left behind.
 
     Args:
-        images: four files in order of `MODALITIES`.
+        images: four files in order of `MODALITIES`, with an empty name for an absent one.
         output: file to write, ending in .nii or .nii.gz.
         subject: named in errors.
 
@@ -102,9 +103,11 @@ def stack_files(images: Sequence[str], output: str | Path, subject: str = "subje
         ValueError: the output is one of the images.
         OSError: the file cannot be written.
     """
-    if Path(output).resolve() in [Path(image).resolve() for image in images]:
+    if Path(output).resolve() in [Path(image).resolve() for image in images if image]:
         raise UserError(f"{output} is one of the images: choose another name for the stack")
     scan = read_scan(subject, images)
+    if scan.missing:
+        logger.warning("%s: no %s: stacked as zeros", subject, named_modalities(scan.missing))
     for warning in scan.warnings:
         logger.warning("%s: %s", subject, warning)
     types = {str(array.dtype.newbyteorder("=")) for array in scan.images}

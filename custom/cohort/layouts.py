@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from ..files import FileError, UserError
-from .subject import MODALITIES, PALETTES, Exclusion, Subject, SubjectError
+from .subject import (
+    MODALITIES,
+    PALETTES,
+    REQUIRED,
+    Exclusion,
+    Subject,
+    SubjectError,
+    check_required,
+    missing_modalities,
+)
 
 LAYOUTS = ("utsw", "brats2021", "brats2023", "plain")
 LABEL_SOURCES = ("manual", "expert", "unknown", "automatic")
@@ -129,6 +138,7 @@ def subjects_from_names(
     palette: str | None = None,
     require_label: bool = True,
     root: str = "",
+    subsets: bool = False,
 ) -> tuple[list[Subject], list[Exclusion]]:
     """Pair files with modalities by name, one subject per folder.
 
@@ -138,6 +148,8 @@ def subjects_from_names(
         palette: key of `PALETTES`; by default that of the layout.
         require_label: leave subjects without a mask out.
         root: dataset folder, put in front of every path. Its own files are one subject if any names a modality.
+        subsets: take a subject that lacks modalities but has T1c or T2-FLAIR, for inference. Where a file's name leaves
+            open whether it is what seems to be missing, the subject is left out all the same.
 
     Returns:
         Subjects in order of their names, and the folders that are none.
@@ -152,7 +164,7 @@ def subjects_from_names(
         path = os.path.join(root, folder) if folder else root or "."
         name = os.path.basename(folder or root) or "subject"
         try:
-            subjects.append(_subject(name, path, files, layout, palette, require_label))
+            subjects.append(_subject(name, path, files, layout, palette, require_label, subsets))
         except SubjectError as error:
             exclusions.append(Exclusion.of(error))
     reject_namesakes(subjects)
@@ -179,11 +191,10 @@ def reject_namesakes(subjects: Iterable[Subject]) -> None:
     """
     folders: dict[str, str] = {}
     for subject in subjects:
-        folder = os.path.dirname(subject.images[0])
         if subject.name in folders:
             reason = f"two folders hold a subject of this name, this one and {folders[subject.name]}"
-            raise SubjectError(subject.name, folder, reason, "Rename one, or give each folder once only")
-        folders[subject.name] = folder
+            raise SubjectError(subject.name, subject.folder, reason, "Rename one, or give each folder once only")
+        folders[subject.name] = subject.folder
 
 
 def shorten(names: Iterable[str]) -> str:
@@ -197,9 +208,7 @@ def _candidate_folders(names: Iterable[str], layout: str) -> dict[str, list[str]
     folders: dict[str, list[str]] = {}
     for name in names:
         folder, _, file = name.rpartition("/")
-        files = folders.setdefault(folder, [])
-        if is_nifti(file):
-            files.append(file)
+        folders.setdefault(folder, []).append(file)
     own = folders.pop("", [])
     if not _names_modality(own, layout):
         return dict(sorted(folders.items()))
@@ -207,14 +216,16 @@ def _candidate_folders(names: Iterable[str], layout: str) -> dict[str, list[str]
 
 
 def _names_modality(files: list[str], layout: str) -> bool:
+    files = list(filter(is_nifti, files))
     candidates = by_role(files, recognise(files) if layout == "auto" else layout)
     return any(key in candidates for key in MODALITIES)
 
 
 def _subject(
-    name: str, folder: str, files: list[str], layout: str, palette: str | None, require_label: bool
+    name: str, folder: str, names: list[str], layout: str, palette: str | None, require_label: bool, subsets: bool
 ) -> Subject:
     error = partial(SubjectError, name, folder)
+    files = list(filter(is_nifti, names))
     if not files:
         remedy = "Give every subject a folder of its own; if this one holds folders of subjects, give it as dataset_dir"
         raise error("the folder holds no .nii or .nii.gz file, or may not be read", remedy)
@@ -224,26 +235,61 @@ def _subject(
     masks = roles.get(source, []) if source else []
     wanted = {key: roles.get(key, []) for key in MODALITIES} | ({"label": masks} if require_label else {})
     what = {key: f"{key} image" for key in MODALITIES} | {"label": "tumour mask"}
-    if missing := [key for key, candidates in wanted.items() if not candidates]:
+    missing = [key for key, candidates in wanted.items() if not candidates]
+    doubtful = _doubtful(names, layout, missing) if subsets else []
+    scattered = [key for key in MODALITIES if wanted[key]] == [role_of(name, "plain")]
+    if missing and (not subsets or doubtful or scattered or set(REQUIRED) <= set(missing)):
         looked_for = "; ".join(f"{what[key]} ({EXPECTED[layout][key]})" for key in missing)
         reason = f"missing, by the names of the {layout} layout: {looked_for}; the folder holds {shorten(files)}"
-        raise error(reason, "Add the file, or rename it so that its name says what it is")
+        remedy = "Add the file, or rename it so that its name says what it is"
+        if subsets and doubtful:
+            remedy += f"; if the subject has none, take {shorten(doubtful)} out of the folder, or name the files that "
+            remedy += "there are by --t1n --t1c --t2w --flair"
+        elif subsets and scattered:
+            remedy = "The folder has the name of its one image: put all files of a subject into one folder"
+        elif subsets:
+            remedy += "; a subject may lack others, but not both T1c and T2-FLAIR"
+        raise error(reason, remedy)
     for key, candidates in wanted.items():
         if len(candidates) > 1:
             reason = f"{len(candidates)} files could be the {what[key]}: {shorten(candidates)}"
             raise error(reason, "Keep one of them in the folder: one folder per subject")
-    images, label = [wanted[key][0] for key in MODALITIES], masks[0] if len(masks) == 1 else None
-    used = [*images, *([label] if label else [])]
-    if len({case_of(file, layout) for file in used}) > 1:
+    images, label = [next(iter(wanted[key]), "") for key in MODALITIES], masks[0] if len(masks) == 1 else None
+    used = [*filter(None, images), *([label] if label else [])]
+    apart = len({_numbers(file) for file in used}) > 1
+    if len({case_of(file, layout) for file in used}) > 1 or (missing and apart):
         raise error(f"the files belong to different cases: {shorten(used)}", "Keep the files of one case in a folder")
     return Subject(
         name=name,
         layout=layout,
-        images=tuple(os.path.normpath(os.path.join(folder, image)) for image in images),
+        images=tuple(image and os.path.normpath(os.path.join(folder, image)) for image in images),
         label=os.path.normpath(os.path.join(folder, label)) if label else None,
         palette=palette or DEFAULT_PALETTES[layout],
         label_source=source if label else None,
     )
+
+
+def _numbers(name: str) -> tuple[str, ...]:
+    """Words with a digit that name no modality, such as that of a patient."""
+    words = re.split(r"[_\-. ]+", stem(name))
+    return tuple(word for word in words if re.search(r"\d", word) and not _plain_role([word]))
+
+
+def _doubtful(names: Iterable[str], layout: str, missing: Sequence[str]) -> list[str]:
+    """Files that may be what seems to be missing: images whose names say nothing, and what a lost image has left.
+
+    Names of masks are known, and so are the series that `comnet prepare` keeps beside what it has made of them.
+    """
+    words = {name: re.split(r"[_\-. ]+", stem(name)) for name in names}
+    prepared = "preparation.json" in words
+    return [
+        name
+        for name, said in words.items()
+        if not name.startswith(".")
+        and not _MASK_WORDS.intersection(said)
+        and not (prepared and said[0] == "series")
+        and (role_of(name, layout) is None if is_nifti(name) else _plain_role(said) in missing)
+    ]
 
 
 PathLike = str | os.PathLike[str]
@@ -251,7 +297,11 @@ DatasetDir = PathLike | Sequence[PathLike] | Mapping[str, Any]
 
 
 def find_subjects(
-    dataset_dir: DatasetDir, layout: str = "auto", palette: str | None = None, require_label: bool = True
+    dataset_dir: DatasetDir,
+    layout: str = "auto",
+    palette: str | None = None,
+    require_label: bool = True,
+    subsets: bool = False,
 ) -> tuple[list[Subject], list[Exclusion]]:
     """Find subjects by the names of their files; nothing is opened.
 
@@ -261,6 +311,7 @@ def find_subjects(
         layout: one of `LAYOUTS`, or "auto" to recognise it subject by subject.
         palette: key of `PALETTES`; by default that of the layout. Never guessed from voxels.
         require_label: leave subjects without a mask out.
+        subsets: see `subjects_from_names`; a subject given by files may be a subset always.
 
     Returns:
         Subjects (absolute paths) in order of their names, and the folders that are none.
@@ -276,7 +327,7 @@ def find_subjects(
     subjects: list[Subject] = []
     exclusions: list[Exclusion] = []
     for root in dataset_roots(dataset_dir):
-        found, left_out = subjects_from_names(_list_names(root), layout, palette, require_label, str(root))
+        found, left_out = subjects_from_names(_list_names(root), layout, palette, require_label, str(root), subsets)
         if not found and not left_out:
             layouts = EXPECTED if layout == "auto" else [layout]
             looked_for = "; ".join(f"{one}: {', '.join(EXPECTED[one].values())}" for one in layouts)
@@ -292,28 +343,30 @@ def find_subjects(
 
 
 def subject_from_files(
-    t1n: PathLike,
-    t1c: PathLike,
-    t2w: PathLike,
-    flair: PathLike,
+    t1n: PathLike | None = None,
+    t1c: PathLike | None = None,
+    t2w: PathLike | None = None,
+    flair: PathLike | None = None,
     name: str | None = None,
     label: PathLike | None = None,
     palette: str = "brats2021",
 ) -> Subject:
-    """One subject from four files whatever their names.
+    """One subject from its files whatever their names; for inference, T1c or T2-FLAIR is enough.
 
-    `name` is by default what tells these files from those of other subjects: what begins all four file names, where
-    that holds a digit or the folder has files of others too (`flat/P1_t1.nii.gz` and `flat/P2_t1.nii.gz`), else the
-    innermost folder that holds all four.
+    `name` is by default what tells these files from those of other subjects: what begins all file names, where that
+    holds a digit or the folder has files of others too (`flat/P1_t1.nii.gz` and `flat/P2_t1.nii.gz`), else the
+    innermost folder that holds all of them.
 
     Raises:
         UserError: unknown palette.
-        SubjectError: a name that no file can have.
+        SubjectError: a name that no file can have, or neither T1c nor T2-FLAIR.
     """
     check_choices("auto", palette)
-    images = tuple(_absolute(file) for file in (t1n, t1c, t2w, flair))
+    images = tuple(_absolute(file) if file else "" for file in (t1n, t1c, t2w, flair))
+    there = list(filter(None, images))
+    check_required(str(name or "the subject"), missing_modalities(images), next(iter(there), "files"))
     return Subject(
-        name=str(name or _name_of(images)),
+        name=str(name or _name_of(there)),
         layout="files",
         images=images,
         label=None if label is None else _absolute(label),
@@ -328,6 +381,8 @@ def _name_of(images: Sequence[str]) -> str:
     begin = next((first[:n] for n, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), first)
     if not all(name[len(begin) :].startswith(("_", "-", ".", " ")) for name in names):
         begin = re.sub(r"[^_\-. ]*$", "", begin)  # `P1_t` of `P1_t1` and `P1_t2` → `P1_`
+    while (last := re.split(r"[_\-. ]", begin.strip("_-. "))[-1]) and role_of(last, "plain") in MODALITIES:
+        begin = re.sub(r"[^_\-. ]*$", "", begin.rstrip("_-. "))  # of one file, or of `P1_t2` and `P1_t2_flair`
     begin = names[0][: len(begin)]
     others = begin and glob(f"*{glob_escape(names[0][len(begin) :])}", root_dir=os.path.dirname(images[0]))
     if (name := begin.strip("_-. ")) and (re.search(r"\d", name) or len(others) > 1):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..files import UserError
 
 MODALITIES = ("t1n", "t1c", "t2w", "flair")
+MODALITY_NAMES = {"t1n": "T1n", "t1c": "T1c", "t2w": "T2w", "flair": "T2-FLAIR"}
+REQUIRED = ("t1c", "flair")
+"""One of these is there in any subject: without both there is neither an enhancing tumour nor an oedema to see."""
 REGIONS = ("ET", "TC", "WT")
 PALETTES: dict[str, dict[str, int]] = {
     "brats2021": {"core": 1, "oedema": 2, "enhancing": 4},
@@ -47,6 +51,16 @@ def palette_values(palette: str) -> dict[str, int]:
     return PALETTES[palette]
 
 
+def missing_modalities(images: Sequence[object]) -> tuple[str, ...]:
+    """Keys of the modalities for which there is nothing in `images`, one each in the order of `MODALITIES`."""
+    return tuple(key for key, image in zip(MODALITIES, images, strict=True) if not image)
+
+
+def named_modalities(keys: Iterable[str]) -> str:
+    """The names of modalities as people write them: `T1n, T2w`."""
+    return ", ".join(MODALITY_NAMES[key] for key in keys)
+
+
 class SubjectError(UserError):
     """What is wrong with one subject, in which file, and what to do about it; `str()` is one line with all four."""
 
@@ -60,6 +74,22 @@ class SubjectError(UserError):
         return f"{self.subject}: {self.file}: {self.reason}. {self.remedy}."
 
 
+def check_required(subject: str, missing: Sequence[str], file: str) -> None:
+    """Refuse a subject without T1c and without T2-FLAIR.
+
+    Args:
+        subject: named in the error.
+        missing: keys of the modalities that are absent.
+        file: named in the error.
+
+    Raises:
+        SubjectError: saying what is missing, and what to add.
+    """
+    if set(REQUIRED) <= set(missing):
+        reason = f"no {named_modalities(missing)}: without T1c and T2-FLAIR there is no tumour to outline"
+        raise SubjectError(subject, file, reason, f"Add {named_modalities(REQUIRED).replace(', ', ' or ')}")
+
+
 @dataclass(frozen=True)
 class Subject:
     """One scan of one patient.
@@ -67,7 +97,7 @@ class Subject:
     Attributes:
         name: name of the subject's folder.
         layout: the naming convention its files follow, see `LAYOUTS`.
-        images: four paths in the order of `MODALITIES`.
+        images: four paths in the order of `MODALITIES`; an absent modality's is empty, for inference only.
         label: path of the tumour mask, if there is one.
         palette: key of `PALETTES` that gives meaning to the values in the mask.
         label_source: "manual", "automatic", "expert" or "unknown"; None without a mask.
@@ -93,8 +123,12 @@ class Subject:
             reason = (
                 f"{shown} can name no output files (at most {MOST_NAME_BYTES} bytes of plain text, no slash, no dot)"
             )
-            folder = os.path.dirname(self.images[0]) if self.images else ""
-            raise SubjectError(shown, folder, reason, "Rename the folder, or give another name")
+            raise SubjectError(shown, self.folder, reason, "Rename the folder, or give another name")
+
+    @property
+    def folder(self) -> str:
+        """Folder of the first image there is."""
+        return os.path.dirname(next(filter(None, self.images), ""))
 
     @property
     def patient(self) -> str:

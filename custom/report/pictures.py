@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.processing import resample_from_to
 
-from ..cohort import MODALITIES, PALETTES, REGION_TISSUES, REGIONS, zero_background
+from ..cohort import MODALITIES, MODALITY_NAMES, PALETTES, REGION_TISSUES, REGIONS, zero_background
 from ..files import whole_file
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}
 MARKERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
 BACKGROUND, INK, FAINT, ALERT = "#0b0d10", "#f2f2f2", "#b4bac2", "#ffb454"
 MARGIN_MM = 11.0
-QC_ROWS = {"T1c": "t1c", "T2-FLAIR": "flair"}
+QC_ROWS = {"t1c": "t1n", "flair": "t2w"}
+"""What is shown, and what stands in its place where it is absent."""
 LINE_WIDTHS = {"ET": 1.0, "TC": 2.3, "WT": 2.3}
 REFERENCE_WIDTH, TRUTH_WIDTH = 1.2, 1.3
 FILL_OPACITY = 0.38
@@ -111,10 +112,13 @@ def qc_figure(
 ) -> Figure:
     """Draws T1c and T2-FLAIR in three planes through the tumour, with outlines of the regions and their volumes.
 
+    Where one of them is absent, T1n or T2w stands in its place, or nothing, and the place says so.
+
     The display is radiological: the patient's right is on the left, and the letters on the panels say so.
 
     Args:
-        images: four modalities, [4, X, Y, Z], axes to the Right, Anterior and Superior; zero outside the brain.
+        images: four modalities, [4, X, Y, Z], axes to the Right, Anterior and Superior; zero outside the brain, and
+            everywhere where one is absent.
         label_map: [X, Y, Z] in `palette`, drawn as solid lines.
         spacing: voxel size in mm.
         title: first line, such as the subject's name.
@@ -137,7 +141,7 @@ def qc_figure(
     label_maps = [label_map] if reference is None else [label_map, reference]
     _check_shapes(title, images, label_maps)
     masks = [region_masks(one, palette) for one in label_maps]
-    shown = {name: np.nan_to_num(images[MODALITIES.index(key)]) for name, key in QC_ROWS.items()}
+    shown = _qc_rows(dict(zip(MODALITIES, map(np.nan_to_num, images), strict=True)))
     tumours = [one["WT"] for one in masks]
     view = View.through(tumours, np.logical_or.reduce([image != 0 for image in shown.values()]), spacing)
     figure, panels = _canvas(view, shown)
@@ -160,6 +164,19 @@ def qc_figure(
     _legend(figure, handles, fontsize=13 if reference is None else 11, columnspacing=1.5, handlelength=1.8)
     _captions(figure, title, subtitle, weights_note, warning or ("" if tumours[0].any() else "No tumour in the mask"))
     return figure
+
+
+def _qc_rows(images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The two images that are shown, by the words that stand beside them."""
+    rows = {}
+    for key, instead in QC_ROWS.items():
+        name = MODALITY_NAMES[key]
+        if images[key].any():
+            rows[name] = images[key]
+        else:
+            other = f", {MODALITY_NAMES[instead]} instead" if images[instead].any() else ""
+            rows[f"no {name}{other}"] = images[instead]
+    return rows
 
 
 def truth_figure(
@@ -210,8 +227,9 @@ def write_qc_picture(
 
     Args:
         path: PNG to write.
-        image_paths: four files in the order of `MODALITIES`, or one file with four channels; where an image has another
-            grid than the label map, it is resampled to that of the label map for the picture.
+        image_paths: four files in the order of `MODALITIES`, with an empty name for an absent one, or one file with
+            four channels; where an image has another grid than the label map, it is resampled to that of the label map
+            for the picture.
         label_map_path: label map in `palette`.
         palette: key of `PALETTES` for the label map.
         reference_path: ground truth, drawn dashed.
@@ -260,12 +278,17 @@ def _load(
         labels = np.rint(_load_on_grid(nib.load(reference_path), target, order=0))
         tissues = PALETTES[reference_palette]
         reference = np.select([labels == tissues[t] for t in tissues], [PALETTES[palette][t] for t in tissues], 0)
-    files = [nib.load(path) for path in image_paths]
+    files = [nib.load(path) if path else None for path in image_paths]
     if len(files) == 1 and files[0].ndim == 4:
         files = nib.four_to_three(files[0])
     if len(files) != len(MODALITIES):
         raise ValueError(f"expected 4 modalities {MODALITIES}, got {len(files)} from {list(image_paths)}")
-    images = [zero_background(_load_on_grid(image, target, order=1))[0] for image in files]
+    images = [
+        np.zeros(target.shape[:3], np.float32)
+        if image is None
+        else zero_background(_load_on_grid(image, target, order=1))[0]
+        for image in files
+    ]
     spacing = [float(size) for size in target.header.get_zooms()[:3]]
     label_map = np.asarray(target.dataobj).squeeze()
     return {"images": images, "label_map": label_map, "reference": reference, "spacing": spacing, "palette": palette}

@@ -68,10 +68,10 @@ def write_segment_report(
 
     Args:
         path: HTML file to write, whole or not at all.
-        rows: one dict per subject as in `volumes.csv`: subject, et_ml, tc_ml, wt_ml, status, seconds, warnings (a text
-            or a list of texts) and weights; what is absent, None or empty is shown as a dash. `status` is "done" for a
-            subject that was segmented, and "earlier run" for what this run has found in its folder: that stands in a
-            table of its own.
+        rows: one dict per subject as in `volumes.csv`: subject, et_ml, tc_ml, wt_ml, missing, status, seconds, warnings
+            (a text or a list of texts) and weights; what is absent, None or empty is shown as a dash. `status` is
+            "done" for a subject that was segmented, and "earlier run" for what this run has found in its folder: that
+            stands in a table of its own.
         exclusions: subjects that were left out or failed: `Exclusion`s, or dicts with subject, file, reason and remedy.
         pictures: path of the QC picture by subject; pictures are embedded as JPEG.
         settings: shown as a table; "weights_note" goes to the top of the page.
@@ -87,7 +87,7 @@ def write_segment_report(
     unnamed = [row for row in own if row.get("status") != DONE and str(row["subject"]) not in named]
     failures += [{"subject": row["subject"], "reason": "; ".join(_warnings(row))} for row in unnamed]
     note = str(settings.get("weights_note") or next((row["weights"] for row in done if row.get("weights")), ""))
-    volumes = (*(f"{region} [ml]" for region in REGIONS), "time [s]", "warnings")
+    volumes = (*(f"{region} [ml]" for region in REGIONS), "missing", "time [s]", "warnings")
     write_page(
         path,
         "segment.html",
@@ -300,6 +300,7 @@ def _volume_cells(row: Mapping[str, Any], linked: bool = False) -> list[Any]:
     name = str(row["subject"])
     numbers = [(row.get(f"{region.lower()}_ml"), 2) for region in REGIONS] + [(row.get("seconds"), 1)]
     shown = ["–" if value in (None, "") else f"{float(value):.{decimals}f}" for value, decimals in numbers]
+    shown.insert(len(REGIONS), row.get("missing") or "–")
     return [Cell(name, subject=name if linked else ""), *shown, "; ".join(_warnings(row))]
 
 

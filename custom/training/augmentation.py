@@ -11,10 +11,8 @@ from monai.transforms import Compose, MapTransform, RandomizableTransform
 from monai.utils import ensure_tuple
 from torch.nn.functional import max_pool3d
 
-from ..cohort import MODALITIES
+from ..cohort import MODALITIES, REQUIRED
 from ..transforms import nonzero_voxels
-
-REQUIRED = ("t1c", "flair")
 
 
 class RandDropModalitiesd(RandomizableTransform, MapTransform):

@@ -199,7 +199,8 @@ def gather_parts(
     Returns:
         ``facts`` with ``num_folds``, ``trained_on`` (subjects that any part has seen), the parts' own ``notes`` where
         there are none, ``selection``, by which all parts' epochs were chosen ("paper" where they differ),
-        ``corrector_fold``, and the SHA-256 of each part as ``backbones_sha256``, ``corrector_sha256``.
+        ``corrector_fold``, the backbones' least ``drop_modalities_prob``, and the SHA-256 of each part as
+        ``backbones_sha256``, ``corrector_sha256``.
 
     Raises:
         CheckpointError: a part is missing, unreadable, or was trained with other settings or another backbone.
@@ -221,6 +222,7 @@ def gather_parts(
         "trained_on": sorted({str(name) for part in parts for name in part.facts.get("trained_on", ())}),
         "notes": facts.get("notes")
         or "; ".join(sorted({part.facts["notes"] for part in parts if part.facts.get("notes")})),
+        "drop_modalities_prob": min(one.facts.get("drop_modalities_prob", 0.0) for one in backbones),
         "backbones_sha256": [backbone.sha256 for backbone in backbones],
         "corrector_sha256": None if corrector is None else corrector.sha256,
         "corrector_fold": None if corrector is None else corrector_fold,

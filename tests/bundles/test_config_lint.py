@@ -41,7 +41,10 @@ OWN = {
     *("validate#dataset", "validate#inferer", "validate#evaluator", "validate#handlers", "validate#label_transforms"),
 }
 # And in a training and an inference config too, but for these.
-OWN_OF_A_KIND = {"num_workers", "cohort", "initialize", "preprocessing", "checkpoint", "seed"}
+OWN_OF_A_KIND = {
+    *("num_workers", "cohort", "initialize", "preprocessing", "checkpoint", "seed"),
+    *("allow_missing", "missing_dice"),
+}
 # Overlays of one name, such as small.json, agree in all but these.
 OWN_OF_AN_OVERLAY = {
     *("max_epochs", "warmup_epochs", "patience", "val_interval", "learning_rate", "train#dataset#data"),

@@ -113,11 +113,12 @@ def test_a_bad_subject_is_reported_and_the_others_are_segmented(phantoms, weight
 
 def test_nothing_usable_has_a_code_of_its_own(phantoms, weights, tmp_path):
     shutil.copytree(phantoms / "BT0001", tmp_path / "data" / "BT0001")
-    (tmp_path / "data" / "BT0001" / "brain_t2.nii.gz").unlink()
+    for name in ("t1ce", "flair"):
+        (tmp_path / "data" / "BT0001" / f"brain_{name}.nii.gz").unlink()
     with pytest.raises(SystemExit) as code:
         segment(tmp_path / "data", weights, tmp_path / "out")
     assert code.value.code == EXIT_NONE_SEGMENTED
-    assert "brain_t2" in (tmp_path / "out" / "report.html").read_text()
+    assert "brain_t1ce" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_second_run_does_only_what_is_missing_or_changed(phantoms, weights, tmp_path):

@@ -67,6 +67,22 @@ def test_images_in_memory_serve_as_well_as_files(segmenter, subject):
     assert by_files.volumes == by_images.volumes and by_files.probabilities is None
 
 
+def test_a_subject_may_lack_modalities(segmenter, weights, subject):
+    part = {key: subject[key] for key in ("t1c", "flair")}
+    with pytest.raises(SubjectError, match="BT0001: .*no T1n, T2w, and these weights .*allow_missing"):
+        segmenter.segment(**part)
+    willing = Segmenter(weights, "cpu", min_volume_mm3=[0.0, 0.0, 0.0], allow_missing=True)
+    found, full = willing.segment(**part), willing.segment(**subject)
+    assert found.missing == ("t1n", "t2w") and full.missing == ()
+    assert found.warnings[0].startswith("without T1n, T2w: ") and "without" not in " ".join(full.warnings)
+    assert found.label_map.shape == full.label_map.shape
+    assert not np.array_equal(found.label_map.dataobj, full.label_map.dataobj)
+    in_memory = willing.segment(**{key: nib.load(path) for key, path in part.items()})
+    assert np.array_equal(in_memory.label_map.dataobj, found.label_map.dataobj)
+    with pytest.raises(SubjectError, match="Add T1c or T2-FLAIR"):
+        willing.segment(t1n=subject["t1n"], t2w=subject["t2w"])
+
+
 def test_volumes_are_those_of_the_label_map(segmenter, subject):
     found = segmenter.segment(**subject)
     labels, voxel_ml = np.asarray(found.label_map.dataobj), np.prod(SPACING) / 1000

@@ -270,6 +270,36 @@ def test_warnings_are_written_into_the_picture(make, items, monkeypatch):
     )
 
 
+def test_missing_modalities_stand_in_record_table_and_picture(make, items, monkeypatch):
+    drawn = Mock()
+    monkeypatch.setattr("custom.report.write_qc_picture", drawn)
+    book = make()
+    book.pictures = True
+    items[0]["image"][0] = items[0]["image"][2] = ""
+    book.begin(items)
+    finish(book, "a", image=SimpleNamespace(meta={"missing": "T1n, T2w"}))
+    assert drawn.call_args.kwargs["subtitle"] == "without T1n, T2w" and drawn.call_args.args[1] == items[0]["image"]
+    finish(book, "b", image=SimpleNamespace(meta={"missing": ""}))
+    assert drawn.call_args.kwargs["subtitle"] == ""
+    book.pictures = False
+    book.close()
+    record = json.loads((book.output_dir / "a" / "record.json").read_text())
+    assert record["missing"] == "T1n, T2w" and [one[0] != "" for one in record["files"]] == [False, True, False, True]
+    assert (table(book)["a"]["missing"], table(book)["b"]["missing"]) == ("T1n, T2w", "")
+
+
+def test_a_modality_that_comes_or_goes_makes_no_other_subject_but_is_done_again(make, items):
+    book = make()
+    book.begin(items[:1])
+    finish(book, "a")
+    part = [items[0] | {"image": ["", *items[0]["image"][1:]]}]
+    assert len(make().begin(part)) == 1
+    book = make()
+    book.begin(part)
+    finish(book, "a")
+    assert make().begin(part) == [] and len(make().begin(items[:1])) == 1
+
+
 @pytest.mark.parametrize("facts", [{}, {"selection": "last"}])
 def test_scores_say_how_the_weights_were_selected(make, items, facts):
     save_atomically({"model": {"w": torch.ones(1)}, "provenance": facts}, make().weights.path)

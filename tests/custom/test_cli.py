@@ -74,11 +74,41 @@ def test_segment_takes_one_subject_by_four_files(dataset, weights, tmp_path):
     assert np.array_equal(nib.load(by_files).dataobj, nib.load(by_folder).dataobj)
 
 
+def test_segment_takes_what_modalities_there_are(dataset, weights, tmp_path, monkeypatch):
+    path = tmp_path / "weights" / "model.pt"
+    dice = {"nothing": [0.6, 0.82, 0.87], "t1n+t2w": [0.5, 0.6, 0.7]}
+    digest = release_weights(fold_checkpoint(weights, 0), path, missing_modalities=dice)
+    monkeypatch.setattr(module, "RELEASED", {"comnet_ensemble": digest})
+    folder = tmp_path / "BT0001"
+    shutil.copytree(dataset / "BT0001", folder)
+    for name in ("t1", "t2"):
+        (folder / f"brain_{name}.nii.gz").unlink()
+    assert comnet("segment", folder, "--output_dir", tmp_path / "folder", "--weights", path) == 0
+    files = ("--t1c", folder / "brain_t1ce.nii.gz", "--flair", folder / "brain_flair.nii.gz")
+    assert comnet("segment", *files, "--output_dir", tmp_path / "files", "--weights", path) == 0
+    masks = [nib.load(tmp_path / made / "BT0001" / "BT0001_seg.nii.gz") for made in ("folder", "files")]
+    assert np.array_equal(masks[0].dataobj, masks[1].dataobj)
+    told = "without T1n, T2w: held-out Dice ET 0.50, TC 0.60, WT 0.70; with all four 0.60, 0.82, 0.87"
+    record = json.loads((tmp_path / "folder" / "BT0001" / "record.json").read_text())
+    assert record["missing"] == "T1n, T2w" and record["warnings"][0] == told
+    for text in ((tmp_path / "folder" / name).read_text() for name in ("volumes.csv", "report.html")):
+        assert "T1n, T2w" in text and told in text
+
+
+def test_weights_that_were_not_trained_for_it_segment_a_subset_only_if_told_to(dataset, weights, tmp_path):
+    files = ("--flair", dataset / "BT0001" / "brain_flair.nii.gz", "--output_dir", tmp_path, "--weights", weights)
+    assert comnet("segment", *files, "--nopictures") == 4
+    assert "no T1n, T1c, T2w, and these weights" in (tmp_path / "volumes.csv").read_text()
+    assert not list(tmp_path.rglob("*_seg.nii.gz"))
+    assert comnet("segment", *files, "--nopictures", "--allow_missing") == 0
+    assert "the mask cannot be relied on" in (tmp_path / "volumes.csv").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "nothing to segment"),
-        (["--t1n", "a.nii.gz", "--t2w", "b.nii.gz"], "--t1c, --flair missing"),
+        (["--t1n", "a.nii.gz", "--t2w", "b.nii.gz"], "no T1c, T2-FLAIR: without T1c and T2-FLAIR there is no tumour"),
         (["folder", "--t1n", "a.nii.gz"], "not both"),
         (["nowhere"], "nowhere does not exist"),
         (["nowhere", "--thresholdz", "[0.4,0.4,0.4]"], "unknown option --thresholdz: did you mean --thresholds"),
@@ -153,7 +183,8 @@ def test_stack_names_what_it_wrote_and_what_failed(dataset, tmp_path, capsys):
     shutil.copytree(dataset / "BT0002", tmp_path / "data" / "BT0002")
     cli.main(["stack", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")])
     assert capsys.readouterr().out.split() == [str(tmp_path / "out" / f"BT000{number}.nii.gz") for number in (1, 2)]
-    (tmp_path / "data" / "BT0002" / "brain_t2.nii.gz").unlink()
+    for name in ("t1ce", "flair"):
+        (tmp_path / "data" / "BT0002" / f"brain_{name}.nii.gz").unlink()
     with pytest.raises(SystemExit) as caught:
         cli.main(["stack", str(tmp_path / "data"), "--output_dir", str(tmp_path / "new")])
     printed = capsys.readouterr()

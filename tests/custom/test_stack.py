@@ -114,10 +114,11 @@ def test_a_bad_subject_is_named_after_the_good_ones_are_stacked(subject, tmp_pat
 
 
 def test_folders_and_files_at_once_too_few_files_or_nothing_are_refused(subject):
-    for given in ({}, {"t1n": "a.nii.gz"}, {**paths(subject), "flair": None}):
-        with pytest.raises(ValueError, match="all four"):
-            stack(**given)
-    with pytest.raises(ValueError, match="all four"):
+    with pytest.raises(ValueError, match="one subject by --t1n"):
+        stack()
+    with pytest.raises(ValueError, match=r"no T1c, T2w, T2-FLAIR: .*Add T1c or T2-FLAIR"):
+        stack(t1n="a.nii.gz")
+    with pytest.raises(ValueError, match="one subject by --t1n"):
         stack(str(subject), **paths(subject))
 
 

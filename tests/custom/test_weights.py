@@ -12,6 +12,7 @@ from torch import nn
 
 from custom import weights as module
 from custom.comnet import CoMNeT
+from custom.files import UserError
 from custom.release import release_weights
 from custom.weights import (
     CheckpointError,
@@ -280,6 +281,29 @@ def test_values_too_large_for_half_precision_stay(tmp_path):
     release_weights(tmp_path / "source.pt", tmp_path / "model.pt")
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     assert state["sums"].item() == 1e6 and state["n"].dtype == torch.int64
+
+
+def test_what_missing_modalities_cost_comes_with_a_release(tmp_path, monkeypatch):
+    table = {"nothing": [0.6, 0.82, 0.87], "t1n": [0.54, 0.77, 0.82], "t1n+t1c+t2w": [0.0, 0.44, 0.76]}
+    source = save(tmp_path / "trained.pt", nn.Linear(3, 2))
+    digest = release_weights(source, tmp_path / "model.pt", missing_modalities=table)
+    monkeypatch.setattr(module, "RELEASED", {"comnet_ensemble": digest})
+    assert Weights(tmp_path).missing_dice == table
+    for key, row in (("t2w+t1n", [0.5] * 3), ("T1n", [0.5] * 3), ("t1n", [0.5] * 2), ("t1n", [50, 70, 80])):
+        with pytest.raises(UserError, match=rf"missing_modalities has '{key[:3]}.*give keys such as"):
+            release_weights(source, tmp_path / "model.pt", missing_modalities={key: row})
+
+
+def test_weights_know_whether_modalities_were_dropped_in_training(tmp_path):
+    assert Weights(tmp_path).missing_dice is None
+    for fold in range(3):
+        write_fold(tmp_path, fold)
+    assert Weights(tmp_path).missing_dice is None
+    for fold in range(3):
+        write_fold(tmp_path, fold, drop_modalities_prob=0.25)
+    assert Weights(tmp_path).missing_dice == {}
+    write_fold(tmp_path, 2, drop_modalities_prob=0.0)
+    assert Weights(tmp_path).missing_dice is None
 
 
 def test_a_released_file_is_the_one_that_this_version_knows(tmp_path, monkeypatch):

@@ -100,6 +100,27 @@ class TestQcFigure:
         figure.draw_without_rendering()
         assert len(figure.axes) == 6
 
+    @pytest.mark.parametrize(
+        ("missing", "rows"),
+        [
+            ((), ["T1c", "T2-FLAIR"]),
+            ((0, 2), ["T1c", "T2-FLAIR"]),
+            ((1,), ["no T1c, T1n instead", "T2-FLAIR"]),
+            ((3,), ["T1c", "no T2-FLAIR, T2w instead"]),
+            ((0, 1, 2), ["no T1c", "T2-FLAIR"]),
+            ((0, 2, 3), ["T1c", "no T2-FLAIR"]),
+        ],
+    )
+    def test_the_place_of_a_missing_modality_says_so(self, brain, missing, rows):
+        images, label_map = brain
+        images[list(missing)] = 0
+        figure = qc_figure(images, label_map, SPACING, "name")
+        figure.draw_without_rendering()
+        assert [figure.axes[row].get_ylabel() for row in (0, 3)] == rows
+        for row, (wanted, instead) in zip((0, 3), ((1, 0), (3, 2)), strict=True):
+            shown = figure.axes[row].images[0].get_array()
+            assert shown.any() == (wanted not in missing or instead not in missing)
+
     def test_tumour_outside_the_brain_is_not_cropped_away(self, brain):
         images, label_map = brain
         label_map[0:3, 0:3, :] = 2

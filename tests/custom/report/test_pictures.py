@@ -60,6 +60,12 @@ class TestQcPicture:
         with pytest.raises(ValueError, match="expected 4 modalities"):
             write_qc_picture(tmp_path / "a.png", files[0][:3], files[1])
 
+    def test_an_absent_modality_is_an_empty_name(self, tmp_path, files):
+        images, label = files
+        write_qc_picture(tmp_path / "absent.png", ["", images[1], "", images[3]], label)
+        write_qc_picture(tmp_path / "whole.png", images, label)
+        np.testing.assert_array_equal(_pixels(tmp_path / "absent.png"), _pixels(tmp_path / "whole.png"))
+
     def test_nothing_left_after_a_failure(self, tmp_path, files, monkeypatch):
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", _fail_half_way)
         (tmp_path / "out").mkdir()
