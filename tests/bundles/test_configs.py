@@ -62,6 +62,12 @@ def test_defaults_are_table_1_and_section_3_3(key, value):
     assert parser(TRAIN)[key] == value
 
 
+def test_weights_say_whether_modalities_were_dropped_in_training():
+    recipe = parser(TRAIN, TRAIN.with_name("release.json"), drop_modalities_prob=0.3)
+    assert recipe.get_parsed_content("provenance#drop_modalities_prob") == 0.3
+    assert "drop_modalities_prob" not in parser(TRAIN)["provenance"]
+
+
 TABLE_1_CORRDIFF = {
     "backbone": "custom.mednext.mednext_base",
     "max_epochs": 50,

@@ -87,5 +87,15 @@ def test_the_python_door_takes_a_raw_study(scan, prepared, brain_mask, weights, 
     assert (tmp_path / prepared.name / f"{prepared.name}_seg.dcm").is_file()
 
 
+def test_a_prepared_study_may_lack_a_modality(prepared, tmp_path):
+    from custom.cohort import Cohort
+
+    shutil.copytree(prepared.folder, tmp_path / prepared.name)
+    (tmp_path / prepared.name / "t1n.nii.gz").unlink()
+    cohort = Cohort(tmp_path)
+    (item,) = cohort.inputs()
+    assert item["image"][0] == "" and all(item["image"][1:]) and not cohort.exclusions
+
+
 def test_options_of_raw_studies_go_with_raw(tmp_path):
     assert "go with --raw" in str(comnet("segment", tmp_path, "--output_dir", tmp_path, "--brain_mask", "x.nii.gz"))

@@ -85,6 +85,7 @@ def run_dir(tmp_path):
         nn.init.constant_(whole.corrector.alpha, 3.0)
         whole.corrector.alpha.data[2] = 0.0
         facts = {"backbone": "conv", "spacing": [1.0, 1.0, 1.0], "notes": "toy", "selection": "last"}
+        facts["drop_modalities_prob"] = 0.25 + fold
         facts["trained_on"] = [name for number, name in enumerate(NAMES) if number % FOLDS != fold]
         write(tmp_path / "mednext", fold, whole.backbones[0], facts)
         write(tmp_path / "comnet", fold, whole, facts | {"corrector": "shift"})
@@ -153,6 +154,7 @@ def test_one_file_holds_all_parts_and_says_what_it_is(run_dir):
     }
     described = Weights(run_dir / "ensemble")
     assert described.facts["num_folds"] == FOLDS and described.trained_on == set(NAMES)
+    assert described.facts["drop_modalities_prob"] == 0.25 and described.missing_dice == {}
 
 
 @pytest.mark.parametrize("nothing", [None, ""])
