@@ -43,6 +43,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_mednext.py --full --skip training --output docs/benchmarks.md
 	$(BIN)/python benchmarks/bench_mednext.py --skip forward --output docs/benchmarks.md
+	$(BIN)/python benchmarks/clinical_heads.py --output docs/benchmarks.md
 	test -z "$(DATA)" || $(BIN)/python benchmarks/bench_segment.py --data $(DATA) --output docs/benchmarks.md
 	test -z "$(DATA)" -o -z "$(RUN)" || \
 		$(BIN)/python benchmarks/window_plans.py --run $(RUN) --data $(DATA) --output docs/benchmarks.md

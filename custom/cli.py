@@ -35,6 +35,7 @@ def segment(
     without: str = "",
     study: int | None = None,
     brain_mask: str | None = None,
+    brain: str = "deepbet",
     keep_names: bool = False,
     every_series: bool = False,
     **overrides: Any,
@@ -64,11 +65,12 @@ def segment(
             --num_samples 5 samples CorrDiff five times.
         pictures: draw a picture of each subject and the report.
         raw: the inputs are studies as they left the scanner, DICOM or NIfTI: they are prepared first (see `comnet
-            prepare`, whose options these are then: t1n to flair name series, without, study, brain_mask, keep_names),
+            prepare`, whose options these are then: t1n to flair name series),
             and masks come back on the grid of T1c as scanned, and as DICOM-SEG.
         without: with raw, modalities that may be missing.
         study: with raw, which study of a folder that holds several.
         brain_mask: with raw, a brain mask of one's own.
+        brain: with raw, what finds the brain: "deepbet" or "hd-bet".
         keep_names: with raw, name results after the study's folder instead of study-<hash>.
         every_series: with raw, masks also on the grids of T1n, T2w and T2-FLAIR as scanned.
         overrides: any other value of the bundle's inference.json, by name; --allow_missing segments subjects that lack
@@ -81,8 +83,8 @@ def segment(
         "brain_mask": brain_mask,
         "keep_names": keep_names,
     }
-    if not raw and (any(preparing.values()) or every_series):
-        raise UserError("--without, --study, --brain_mask, --keep_names and --every_series go with --raw")
+    if not raw and (any(preparing.values()) or brain != "deepbet" or every_series):
+        raise UserError("--without, --study, --brain_mask, --brain, --keep_names and --every_series go with --raw")
     dataset = None if raw else _dataset(inputs, files, name)
     if not pictures:
         import_monai_lean()
@@ -115,7 +117,7 @@ def segment(
         return
     postprocessing = {key: values.get(key, found.tuned[key]) for key in ("thresholds", "min_volume_mm3")}
     postprocessing |= {"palette": values.get("output_palette", "brats2023")}
-    preparing |= {"chosen": files, "without": _listed(without), "pictures": pictures}
+    preparing |= {"chosen": files, "without": _listed(without), "brain": brain, "pictures": pictures}
     segment_raw([_path(one) for one in inputs], _path(output_dir), run, preparing, postprocessing, every_series)
 
 

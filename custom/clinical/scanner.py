@@ -90,9 +90,7 @@ def scan_phantom(
     extras: bool = True,
     protocols: dict[str, Protocol] | None = None,
 ) -> Scan:
-    """Write a DICOM study of a phantom's head: four series on different grids, a localizer and a derived map.
-
-    Between T1c and every other series the patient has moved by a rigid motion that is drawn from the seed.
+    """Write a DICOM study of a phantom's head, by `scan_head`.
 
     Args:
         folder: where the study goes.
@@ -105,26 +103,62 @@ def scan_phantom(
     Returns:
         The study, and all that is known about it.
     """
+    return scan_head(folder, *head(seed, voxel), voxel, seed, displacement, extras, protocols)
+
+
+def scan_head(
+    folder: str | Path,
+    images: np.ndarray,
+    label: np.ndarray,
+    affine: np.ndarray,
+    voxel: float,
+    seed: int = 0,
+    displacement: tuple[float, float] = (8.0, 6.0),
+    extras: bool = True,
+    protocols: dict[str, Protocol] | None = None,
+) -> Scan:
+    """Write a DICOM study of a head: four series on different grids, a localizer and a derived map.
+
+    Between T1c and every other series the patient has moved by a rigid motion that is drawn from the seed.
+
+    Args:
+        folder: where the study goes.
+        images: [4, x, y, z] in the order of `MODALITIES`, white matter at 400 to 900, within `HEAD_MM`.
+        label: of the tumour, [x, y, z], palette "brats2021".
+        affine: of both, [4, 4], mm, RAS, the origin in the middle of the head.
+        voxel: in-plane voxel size in mm; thick slices are averaged from layers as thick as that.
+        seed: of the motions and the noise.
+        displacement: degrees and mm of every motion.
+        extras: also a localizer and an apparent diffusion coefficient.
+        protocols: other protocols, by modality.
+
+    Returns:
+        The study, and all that is known about it.
+
+    Raises:
+        ValueError: T1c is not among the protocols.
+    """
     rng = np.random.default_rng(seed)
     study = _Study(Path(folder), seed)
     poses, result = {}, None
     for number, (modality, protocol) in enumerate((protocols or PROTOCOLS).items(), start=2):
         pose = np.eye(4) if modality == "t1c" else rigid(rng, *displacement)
-        affine, shape = _grid(protocol, voxel)
-        volume, truth = _acquire(seed, voxel, MODALITIES.index(modality), affine, shape, pose)
+        grid, shape = _grid(protocol, voxel)
+        to_head = np.linalg.inv(affine) @ np.linalg.inv(pose) @ grid
+        volume = _averaged(images[MODALITIES.index(modality)], to_head, shape, protocol.thickness / voxel)
         volume = np.hypot(volume + rng.normal(0, 8, shape), rng.normal(0, 8, shape))
-        study.write(number, protocol, volume, affine)
+        study.write(number, protocol, volume, grid)
         poses[modality] = pose
         if modality == "t1c":
-            result = affine, truth
+            result = grid, labels_on(label, to_head, shape, protocol.thickness / voxel)
     if extras:
         plain = Protocol("localizer", 8, 3, sequence="GR", thickness=60)
-        affine, shape = _grid(plain, 4.0)
-        localizer = _acquire(seed, voxel, 0, affine, shape, np.eye(4))[0]
-        study.write(1, plain, localizer, affine, ImageType=["ORIGINAL", "PRIMARY", "M", "LOCALIZER"])
+        grid, shape = _grid(plain, 4.0)
+        localizer = _averaged(images[0], np.linalg.inv(affine) @ grid, shape, plain.thickness / voxel)
+        study.write(1, plain, localizer, grid, ImageType=["ORIGINAL", "PRIMARY", "M", "LOCALIZER"])
         diffusion = Protocol("ep2d_diff_ADC", 5000, 90, sequence="EP")
-        affine, shape = _grid(diffusion, 4.0)
-        study.write(9, diffusion, np.ones(shape) * 700, affine, ImageType=["DERIVED", "PRIMARY", "DIFFUSION", "ADC"])
+        grid, shape = _grid(diffusion, 4.0)
+        study.write(9, diffusion, np.ones(shape) * 700, grid, ImageType=["DERIVED", "PRIMARY", "DIFFUSION", "ADC"])
     if result is None:
         raise ValueError("a scan without T1c has no truth: give its protocol")
     return Scan(study.folder, poses, *result)
@@ -198,29 +232,23 @@ def _grid(protocol: Protocol, voxel: float) -> tuple[np.ndarray, tuple[int, ...]
     return affine, shape
 
 
-def _acquire(
-    seed: int, voxel: float, channel: int, affine: np.ndarray, shape: Sequence[int], pose: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """One modality and the label map on a grid; a thick slice is the mean of thinner ones."""
-    images, label, head_affine = head(seed, voxel)
-    to_head = np.linalg.inv(head_affine) @ np.linalg.inv(pose) @ affine
-    parts = max(1, round(np.linalg.norm(affine[:3, 2]) / voxel))
-    volume = np.zeros(shape, np.float32)
-    shares = np.zeros((5, *shape), np.float32)
+def _averaged(volume: np.ndarray, to_volume: np.ndarray, shape: Sequence[int], layers: float) -> np.ndarray:
+    """A volume [x, y, z] on a grid, float32; a thick slice is the mean of thinner layers."""
+    parts = max(1, round(layers))
+    result = np.zeros(shape, np.float32)
     for part in range(parts):
-        inside = to_head.copy()
-        inside[:3, 3] += to_head[:3, 2] * ((part + 0.5) / parts - 0.5)
-        volume += ndimage.affine_transform(images[channel], inside, output_shape=tuple(shape), order=1) / parts
-        for value in np.unique(label[label > 0]):
-            shares[value] += (
-                ndimage.affine_transform(
-                    (label == value).astype(np.float32), inside, output_shape=tuple(shape), order=1
-                )
-                / parts
-            )
-    shares[0] = 1 - shares[1:].sum(0)
-    within = shares[1:].argmax(0) + 1
-    return volume, np.where(shares[0] < 0.5, within, 0).astype(np.uint8)
+        inside = to_volume.copy()
+        inside[:3, 3] += to_volume[:3, 2] * ((part + 0.5) / parts - 0.5)
+        result += ndimage.affine_transform(volume, inside, output_shape=tuple(shape), order=1) / parts
+    return result
+
+
+def labels_on(label: np.ndarray, to_label: np.ndarray, shape: Sequence[int], layers: float) -> np.ndarray:
+    """A label map on a grid: tumour where more than half of a voxel is, and then what most of that is."""
+    values = [int(value) for value in np.unique(label) if value]
+    shares = [_averaged((label == value).astype(np.float32), to_label, shape, layers) for value in values]
+    tumour = np.sum(shares, axis=0) > 0.5
+    return np.where(tumour, np.array(values)[np.argmax(shares, axis=0)], 0).astype(np.uint8)
 
 
 class _Study:

@@ -24,16 +24,17 @@ import numpy as np
 
 from .. import __version__
 from ..cohort import MODALITIES, SubjectError
+from ..cohort.volumes import image_at, write_whole
 from ..files import UserError, whole_file, write_table, write_text
-from .brain import check_brain, extract_brain, read_brain_mask
+from .brain import TOOLS, check_brain, extract_brain, read_brain_mask
+from .conversion import convert
 from .reading import NAMES, Series, Study, read_study
 from .registration import check, enhancement, one_mm_grid, register, resample
 from .series import choose
-from .volumes import convert
 
 logger = logging.getLogger("comnet")
 
-EXTRA = {"dcm2niix": "dcm2niix", "highdicom": "highdicom", "pydicom": "pydicom", "SimpleITK": "SimpleITK"}
+EXTRA = ("dcm2niix", "highdicom", "pydicom", "SimpleITK")
 MAPPING = "studies.csv"
 RECORD = "preparation.json"
 SERIES_COLUMNS = ("series", "name", "tr", "te", "ti", "dimensions", "plane", "slices", "modality", "used", "reason")
@@ -85,6 +86,7 @@ def prepare_study(
     without: Sequence[str] = (),
     number: int | None = None,
     brain_mask: str | Path | None = None,
+    brain: str = "deepbet",
     keep_names: bool = False,
     pictures: bool = True,
 ) -> Prepared:
@@ -96,22 +98,25 @@ def prepare_study(
         chosen: labels of series by modality, where the user has answered a question.
         without: modalities that may be missing.
         number: which study, counted by date from 1, where the folder holds several.
-        brain_mask: a mask of one's own on any grid in the reference's space, instead of deepbet's.
+        brain_mask: a mask of one's own on any grid in the reference's space.
+        brain: what finds the brain otherwise: "deepbet" or "hd-bet", slower and with an extra of its own.
         keep_names: name the results after the study's folder instead of a hash.
         pictures: draw preparation.png.
 
     Raises:
-        UserError: a library of the extra `clinical` is missing.
+        UserError: a library is missing, or there is no such tool for the brain.
         SubjectError: the study cannot be prepared, or a question only the user can answer.
         OSError: the output cannot be written.
     """
-    require_clinical(None if brain_mask else "deepbet")
+    if brain not in TOOLS:
+        raise UserError(f"--brain {brain}: choose {' or '.join(TOOLS)}")
+    require_clinical(None if brain_mask else brain)
     path, output = Path(study), Path(output_dir)
     if not path.exists():
         raise SubjectError("the study", str(study), "it does not exist", "Give the folder of a study, or a zip file")
     answers = {modality: str(label) for modality, label in (chosen or {}).items() if label is not None}
     options: dict[str, Any] = {"chosen": answers, "without": list(without), "number": number, "pictures": pictures}
-    options["brain_mask"] = _stat(Path(brain_mask)) if brain_mask else None
+    options["brain"] = _stat(Path(brain_mask)) if brain_mask else brain
     options["zip"] = None if path.is_dir() else _stat(path)
     started = time.perf_counter()
     with study_folder(path, output) as folder:
@@ -160,21 +165,22 @@ def prepare_studies(
     return prepared, failures
 
 
-def require_clinical(*more: str | None) -> None:
-    """Make sure that the libraries of the extra `clinical` are there.
+def require_clinical(brain: str | None) -> None:
+    """Make sure that the libraries of the extra `clinical` are there, and what finds the brain.
 
     Raises:
         UserError: naming what is missing and how to install it.
     """
     warnings.filterwarnings("ignore", module=r"pydicom\.")  # they quote values of the patient's
     missing = []
-    for module in (*EXTRA, *(one for one in more if one)):
+    for module in (*EXTRA, *([TOOLS[brain]] if brain else [])):
         try:
             importlib.import_module(module)
-        except ImportError:
-            missing.append(EXTRA.get(module, module))
+        except ImportError as error:
+            missing.append(module if error.name in (module, None) else f"{module} ({error.name})")
     if missing:
-        raise UserError(f"{', '.join(missing)} not installed: pip install 'comnet-glioma[clinical]'")
+        extra = "clinical,hd-bet" if brain == "hd-bet" else "clinical"
+        raise UserError(f"{', '.join(missing)} not installed: pip install 'comnet-glioma[{extra}]'")
 
 
 @contextmanager
@@ -261,7 +267,7 @@ def _prepare(
         told += check_brain(brain, affine)
     else:
         looked_at = {NAMES[m]: arrays[m] for m in dict.fromkeys((reference, "flair")) if m in arrays}
-        brain, more = extract_brain(looked_at, affine, name)
+        brain, more = extract_brain(looked_at, affine, name, options["brain"])
         told += more
     lap("brain")
     if not brain.any():
@@ -274,13 +280,12 @@ def _prepare(
     cropped[:3, 3] += affine[:3, :3] @ [part.start for part in box]
     for modality, array in arrays.items():
         # 0 is outside the brain for all that follows; within it nothing is
-        _save(
-            np.where(brain, np.maximum(array, 1e-3), 0)[box].astype(np.float32), cropped, target / f"{modality}.nii.gz"
-        )
-    _save(brain[box].astype(np.uint8), cropped, target / "brain_mask.nii.gz")
+        stripped = np.where(brain, np.maximum(array, 1e-3), 0)[box].astype(np.float32)
+        write_whole(image_at(stripped, cropped), target / f"{modality}.nii.gz")
+    write_whole(image_at(brain[box].astype(np.uint8), cropped), target / "brain_mask.nii.gz")
     lap("writing")
     if options["pictures"]:
-        from .pictures import draw_preparation
+        from .overlays import draw_preparation
 
         draw_preparation(
             target / "preparation.png", {m: a[box] for m, a in arrays.items()}, brain[box], cropped, name, told
@@ -322,15 +327,6 @@ def _box(mask: np.ndarray) -> tuple[slice, ...]:
         used = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
         box.append(slice(max(0, int(used[0]) - MARGIN_MM), min(mask.shape[axis], int(used[-1]) + 1 + MARGIN_MM)))
     return tuple(box)
-
-
-def _save(voxels: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    image = nib.Nifti1Image(voxels, affine)
-    image.set_qform(affine, code="scanner")
-    image.set_sform(affine, code="scanner")
-    image.header.set_xyzt_units("mm")
-    with whole_file(path) as partial:
-        nib.save(image, partial)
 
 
 def _ras_affine(image: Any) -> np.ndarray:

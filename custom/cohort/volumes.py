@@ -212,6 +212,15 @@ def image_like(array: np.ndarray, source: nib.Nifti1Header) -> nib.Nifti1Image:
     return image_class(array, header.get_best_affine(), header)
 
 
+def image_at(voxels: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
+    """Make an image; qform and sform both say that `affine` [4, 4] leads from voxels to the scanner's mm, RAS."""
+    image = nib.Nifti1Image(voxels, affine)
+    image.set_qform(affine, code="scanner")
+    image.set_sform(affine, code="scanner")
+    image.header.set_xyzt_units("mm")
+    return image
+
+
 def write_whole(image: nib.Nifti1Image, path: Path) -> None:
     """Save `image` as `path`, whole or not at all.
 

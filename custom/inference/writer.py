@@ -18,7 +18,7 @@ from monai.transforms import SaveImaged
 from monai.utils import convert_to_numpy, ensure_tuple, get_equivalent_dtype
 
 from .. import __version__
-from ..cohort.volumes import image_like, write_whole
+from ..cohort.volumes import image_at, image_like, write_whole
 from ..files import UserError
 from ..transforms import output_name
 
@@ -92,7 +92,7 @@ class NativeGridWriter(NibabelWriter):
         header = _read_header(self.source)
         if header is None:
             warnings.warn(f"no NIfTI source at {self.source}; using the affine of the metadata", stacklevel=2)
-            image = _image_at(array, affine)
+            image = image_at(array, affine)
         else:
             _check_grid(array.shape, affine, header, self.source)
             image = image_like(array, header)
@@ -190,11 +190,3 @@ def _check_grid(shape: tuple[int, ...], affine: np.ndarray, header: nib.Nifti1He
 
 def _same(affine: np.ndarray, other: np.ndarray | None) -> bool:
     return other is not None and np.allclose(affine, other, rtol=0, atol=1e-3)
-
-
-def _image_at(array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
-    image = nib.Nifti1Image(array, affine)
-    image.set_qform(affine, code="scanner")
-    image.set_sform(affine, code="scanner")
-    image.header.set_xyzt_units("mm")
-    return image

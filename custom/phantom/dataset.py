@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from nibabel import orientations
 from scipy import ndimage
@@ -14,7 +13,8 @@ from scipy.spatial.transform import Rotation
 
 from ..cohort import Cohort
 from ..cohort.cohort import Item
-from ..files import UserError, whole_file
+from ..cohort.volumes import image_at, write_whole
+from ..files import UserError
 from .anatomy import BRAIN_BOX_MM, Brain, Glioma, Lesion, SmoothField, Tissues
 
 SHAPE = (120, 120, 80)
@@ -67,11 +67,11 @@ def write_phantom(
     folder = Path(root) / name
     folder.mkdir(parents=True, exist_ok=True)
     for file, image in zip(IMAGE_FILES, images, strict=True):
-        _write(folder / file, image, affine)
+        write_whole(image_at(image, affine), folder / file)
     if manual:
-        _write(folder / MANUAL_MASK_FILE, label, affine)
+        write_whole(image_at(label, affine), folder / MANUAL_MASK_FILE)
         label = label * ndimage.binary_erosion(label > 0)
-    _write(folder / MASK_FILE, label, affine)
+    write_whole(image_at(label, affine), folder / MASK_FILE)
     return folder
 
 
@@ -183,15 +183,6 @@ def _as_int16(images: np.ndarray, seed: int) -> np.ndarray:
     gains = np.random.default_rng([seed, 1]).uniform(350, 1500, 4).astype(np.float32)
     scaled = np.clip(np.rint(images * gains[:, None, None, None]), 1, np.iinfo(np.int16).max)
     return np.where(images > 0, scaled, 0).astype(np.int16)
-
-
-def _write(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
-    image = nib.Nifti1Image(voxels, affine)
-    image.set_qform(affine, code="scanner")
-    image.set_sform(affine, code="scanner")
-    image.header.set_xyzt_units("mm")
-    with whole_file(path) as partial:
-        nib.save(image, partial)
 
 
 def simulate(

@@ -11,10 +11,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from custom.clinical.conversion import check_slices, convert, read_headers
 from custom.clinical.reading import read_study
 from custom.clinical.series import choose, weighting
 from custom.clinical.study import prepare_study, study_folder
-from custom.clinical.volumes import check_slices, convert, read_headers
 from custom.cohort import SubjectError
 
 for _library in ("dcm2niix", "highdicom", "SimpleITK"):

@@ -15,7 +15,7 @@ import numpy as np
 from nibabel.affines import apply_affine
 
 from ..cohort import SubjectError
-from ..files import whole_file
+from ..cohort.volumes import image_at, write_whole
 from .reading import NAMES, Series
 
 TOLERANCE_MM = 0.02
@@ -54,12 +54,8 @@ def convert(series: Series, target: str | Path, subject: str, modality: str) -> 
         warnings.append(f"{where}: voxels that are NaN or infinite were set to 0")
     if voxels.max() <= voxels.min():
         raise SubjectError(subject, where, "all its voxels are equal: the image is empty", _AGAIN)
-    clean = nib.Nifti1Image(voxels.astype(np.float32), image.affine)  # no description: it holds the time of the scan
-    clean.set_qform(image.affine, code="scanner")
-    clean.set_sform(image.affine, code="scanner")
-    clean.header.set_xyzt_units("mm")
-    with whole_file(target) as partial:
-        nib.save(clean, partial)
+    # a new header: dcm2niix's description holds the time of the scan
+    write_whole(image_at(voxels.astype(np.float32), image.affine), Path(target))
     return warnings
 
 
