@@ -247,8 +247,11 @@ def main() -> None:
         if given.json:
             with open(given.json, "a", encoding="utf-8") as file:
                 file.write(json.dumps(found[-1]) + "\n")
-    title = "## From the scanner\n\n`python benchmarks/clinical_heads.py …`\n\n" + environment()
-    publish(f"{title}\n\n{tables(found, motion)}", given.output, "clinical" if given.data else "clinical phantom")
+    command = "python benchmarks/clinical_heads.py" + (
+        " --weights FOLD --data DATA… --subjects …" if given.data else ""
+    )
+    text = f"## From the scanner\n\n`{command}`\n\n{environment()}\n\n{tables(found, motion)}"
+    publish(text, given.output, "clinical" if given.data else "clinical phantom")
 
 
 if __name__ == "__main__":
