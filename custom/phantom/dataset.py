@@ -131,8 +131,14 @@ def write_cohort(
     ]
 
 
-def training_phantoms(root: str | os.PathLike[str], num_subjects: int, seed: int = 0) -> list[Item]:
-    """Items of whole heads of 1 mm, written to `root` where they are not yet, to be trained on beside patients.
+def training_phantoms(
+    root: str | os.PathLike[str],
+    num_subjects: int,
+    seed: int = 0,
+    shape: Sequence[int] = (240, 240, 155),
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+) -> list[Item]:
+    """Items of phantoms, written to `root` where they are not yet, to be trained on beside patients.
 
     Their names, phantom_0001, …, are no patient's, and weights that were trained on them tell.
 
@@ -140,6 +146,8 @@ def training_phantoms(root: str | os.PathLike[str], num_subjects: int, seed: int
         root: folder of the phantoms.
         num_subjects: how many; 0 writes none and gives no items.
         seed: of the first; the others' follow it.
+        shape: voxels along the stored axes.
+        spacing: voxel size in mm along the stored axes.
     """
     if num_subjects == 0:
         return []
@@ -147,7 +155,7 @@ def training_phantoms(root: str | os.PathLike[str], num_subjects: int, seed: int
         name = f"phantom_{number:04d}"
         if not (Path(root) / name / MASK_FILE).exists():  # the file that is written last
             enhancing = not _is_drawn(number, 0.25)
-            write_phantom(root, name, (240, 240, 155), (1.0, 1.0, 1.0), seed=seed + number, enhancing=enhancing)
+            write_phantom(root, name, shape, spacing, seed=seed + number, enhancing=enhancing)
     return Cohort(os.fspath(root), num_folds=min(5, num_subjects)).subjects()
 
 

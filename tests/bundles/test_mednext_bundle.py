@@ -102,7 +102,7 @@ def test_segresnet_baseline_trains_under_the_same_settings(phantoms, tmp_path):
 
 
 def test_release_recipe_trains_resumes_and_saves_the_average_of_the_last_epoch(phantoms, tmp_path):
-    small = {"spacing": [5.0] * 3, "patch_size": [32, 32, 32], "crop_margin": 8, "pad_margin": 2}
+    small = {"spacing": [5.0] * 3, "patch_size": [32, 32, 32], "crop_margin": 8, "pad_margin": 2, "num_phantoms": 0}
     settings = {"dataset_dir": str(phantoms), "models_dir": str(tmp_path), "num_folds": 3, "warmup_epochs": 1} | small
     run("comnet_mednext", "train.json", "release.json", **settings, max_epochs=1)
     last = torch.load(tmp_path / "fold0" / "last.pt", weights_only=True)
@@ -118,7 +118,7 @@ def test_release_recipe_trains_resumes_and_saves_the_average_of_the_last_epoch(p
 
 def test_the_finer_stage_starts_from_the_weights_of_the_coarser_one(phantoms, tmp_path):
     small = {"spacing": [5.0] * 3, "patch_size": [32, 32, 32], "crop_margin": 8, "pad_margin": 2, "warmup_epochs": 0}
-    settings = {"dataset_dir": str(phantoms), "num_folds": 3, "max_epochs": 1} | small
+    settings = {"dataset_dir": str(phantoms), "num_folds": 3, "max_epochs": 1, "num_phantoms": 0} | small
     run("comnet_mednext", "train.json", "release.json", models_dir=str(tmp_path / "coarse"), **settings)
     start = tmp_path / "coarse" / "fold0" / "model.pt"
     settings |= {"models_dir": str(tmp_path / "fine"), "start_from": str(start), "learning_rate": 0.0}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from custom.phantom import simulate, write_cohort, write_phantom
+from custom.phantom import simulate, training_phantoms, write_cohort, write_phantom
 
 SHAPE, SPACING = (64, 76, 60), (2.5, 2.5, 2.5)
 IMAGES = ("brain_t1.nii.gz", "brain_t1ce.nii.gz", "brain_t2.nii.gz", "brain_flair.nii.gz")
@@ -218,3 +218,13 @@ def test_interrupted_write_leaves_no_half_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_phantom(tmp_path, "a", (24, 28, 24), (7, 7, 7))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_phantoms_to_train_on_are_written_once_and_named_like_no_patient(tmp_path):
+    options = {"shape": (48, 56, 40), "spacing": (4.0, 4.0, 4.0)}
+    items = training_phantoms(tmp_path, 2, **options)
+    assert [item["subject"] for item in items] == ["phantom_0001", "phantom_0002"]
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.nii.gz")}
+    assert training_phantoms(tmp_path, 2, **options) == items
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.nii.gz")} == written
+    assert training_phantoms(tmp_path / "none", 0) == [] and not (tmp_path / "none").exists()
