@@ -12,7 +12,7 @@ import numpy as np
 from scipy import ndimage
 
 from .. import __version__
-from ..cohort import PALETTES, REGION_TISSUES, REGIONS, SubjectError
+from ..cohort import MODALITIES, PALETTES, REGION_TISSUES, REGIONS, SubjectError, named_modalities
 from ..cohort.volumes import image_at, write_whole
 from ..files import whole_file
 from .conversion import read_headers, slice_geometry
@@ -70,7 +70,9 @@ def deliver(
     from .overlays import draw_segmentation
 
     folder, name, palette = Path(folder), prepared.name, postprocess.palette
-    warnings = list(prepared.record["warnings"])
+    missing = [modality for modality in MODALITIES if modality not in prepared.images]
+    warnings = [f"without {named_modalities(missing)}: less accurate"] if missing else []
+    warnings += prepared.record["warnings"]
     for modality in prepared.images if every_series else [prepared.reference]:
         regions, scanned = to_scanned(probabilities, prepared, modality)
         label_map = postprocess(MetaTensor(regions, affine=scanned.affine))[0].numpy()

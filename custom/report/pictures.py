@@ -278,7 +278,7 @@ def _load(
         labels = np.rint(_load_on_grid(nib.load(reference_path), target, order=0))
         tissues = PALETTES[reference_palette]
         reference = np.select([labels == tissues[t] for t in tissues], [PALETTES[palette][t] for t in tissues], 0)
-    files = [nib.load(path) if path else None for path in image_paths]
+    files: list[Any] = [nib.load(path) if path else None for path in image_paths]
     if len(files) == 1 and files[0].ndim == 4:
         files = nib.four_to_three(files[0])
     if len(files) != len(MODALITIES):

@@ -97,5 +97,25 @@ def test_a_prepared_study_may_lack_a_modality(prepared, tmp_path):
     assert item["image"][0] == "" and all(item["image"][1:]) and not cohort.exclusions
 
 
+def test_a_raw_study_may_lack_a_modality(study, prepared, brain_mask, weights, tmp_path, monkeypatch, caplog):
+    from unittest.mock import Mock
+
+    from custom.clinical import registration
+    from custom.clinical.reading import read_study
+
+    for one in read_study(study, None, "study").series:
+        if one.label in (prepared.record["series"]["t1n"], prepared.record["series"]["t2w"]):
+            for file in one.files:
+                file.unlink()
+    monkeypatch.setattr(registration, "SAMPLES", 20_000)
+    drawn = Mock()
+    monkeypatch.setattr("custom.clinical.overlays.draw_segmentation", drawn)
+    words = ("segment", study, "--raw", "--without", "t1n,t2w", "--brain_mask", brain_mask, "--allow_missing")
+    assert comnet(*words, "--output_dir", tmp_path / "out", "--weights", weights, "--runtime", "torch") == 0
+    assert "without T1n, T2w" in (tmp_path / "out" / "volumes.csv").read_text()
+    assert drawn.call_args.args[-1][0] == "without T1n, T2w: less accurate"
+    assert len(list((tmp_path / "out").glob("*/*_seg_t1c.nii.gz"))) == 1
+
+
 def test_options_of_raw_studies_go_with_raw(tmp_path):
     assert "go with --raw" in str(comnet("segment", tmp_path, "--output_dir", tmp_path, "--brain_mask", "x.nii.gz"))
