@@ -1,7 +1,9 @@
 """CoMNeT: MedNeXt with GRN, CorrDiff and fold ensembling for glioma segmentation; the MONAI bundles share it."""
 
 import getpass
+import logging
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +16,10 @@ try:
     getpass.getuser()
 except (KeyError, OSError):  # a container's user may have no name, and MONAI asks for it when it is imported
     os.environ["LOGNAME"] = f"uid{os.getuid()}"
+
+# Where pydicom is installed, MONAI's LoadImage complains, whatever it is to load, of a library for GPUs that is not.
+logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader", category=UserWarning)
 
 
 def __getattr__(name: str) -> Any:

@@ -86,8 +86,7 @@ def segment(
     if not raw and (any(preparing.values()) or brain != "deepbet" or every_series):
         raise UserError("--without, --study, --brain_mask, --brain, --keep_names and --every_series go with --raw")
     dataset = None if raw else _dataset(inputs, files, name)
-    if not pictures:
-        import_monai_lean()
+    import_monai_lean()
     from .weights import Weights
 
     there = _path(weights) if weights else bundle_root("comnet_ensemble") / "models"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import monai.bundle
@@ -43,3 +48,29 @@ def fails_with(kind: type[Exception], match: str) -> Iterator[None]:
 
     with pytest.raises(kind, match=match), unwrapped():
         yield
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """Serve a folder on loopback; yields the address."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def monai_bundle(bare: dict[str, str], *words: object, code: str = "", fails: bool = False) -> str:
+    """Run `python -m monai.bundle` from `/`; `-S` leaves out the .pth files by which `custom` would be installed."""
+    start = ["-c", code] if code else ["-m", "monai.bundle"]
+    command = [sys.executable, "-S", *start, *map(str, words)]
+    result = subprocess.run(command, cwd="/", env=bare, capture_output=True, text=True, timeout=600)
+    assert (result.returncode != 0) == fails, (result.stdout + result.stderr)[-3000:]
+    return result.stdout + result.stderr

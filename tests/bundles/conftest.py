@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,17 @@ def same_path() -> Iterator[None]:
     before = list(sys.path)
     yield
     sys.path[:] = before
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment variables for a Python that has everything installed but `custom`."""
+    folder = tmp_path_factory.mktemp("site")
+    for path in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for entry in Path(path).iterdir():
+            if entry.name != "custom" and "comnet" not in entry.name and not (folder / entry.name).exists():
+                (folder / entry.name).symlink_to(entry)
+    return os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "no_proxy": "127.0.0.1"}
 
 
 @pytest.fixture(scope="session")

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-import sysconfig
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import monai.bundle
@@ -19,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from bundle_runs import TINY
+from bundle_runs import TINY, monai_bundle, serving
 from torch import nn
 
 import custom
@@ -62,36 +57,8 @@ def dist(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def url(dist) -> Iterator[str]:
     """Address of a server on loopback that serves the release."""
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(dist)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory) -> dict[str, str]:
-    """Environment variables for a Python that has everything installed but `custom`."""
-    folder = tmp_path_factory.mktemp("site")
-    for path in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        for entry in Path(path).iterdir():
-            if entry.name != "custom" and "comnet" not in entry.name and not (folder / entry.name).exists():
-                (folder / entry.name).symlink_to(entry)
-    return os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "no_proxy": "127.0.0.1"}
-
-
-def monai_bundle(bare: dict[str, str], *words: object, code: str = "") -> str:
-    """Run `python -m monai.bundle` from `/`; `-S` leaves out the .pth files by which `custom` would be installed."""
-    start = ["-c", code] if code else ["-m", "monai.bundle"]
-    command = [sys.executable, "-S", *start, *map(str, words)]
-    result = subprocess.run(command, cwd="/", env=bare, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
-    return result.stdout + result.stderr
+    with serving(dist) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

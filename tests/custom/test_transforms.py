@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import builtins
+import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -217,3 +219,10 @@ def test_outputs_are_named_by_subject_else_by_file(files, tmp_path):
     assert output_name(named["image"].meta) == {"subject": "BT0001", "idx": None}
     case = stack_files(files, tmp_path / "folder" / "case.nii.gz")
     assert LoadSubjectd("image")({"image": case})["subject"] == "case"
+
+
+def test_loading_a_label_says_nothing_of_readers_that_are_not_there():
+    pytest.importorskip("pydicom", reason="MONAI complains only where pydicom is installed")
+    code = "import custom; from monai.transforms import LoadImaged; LoadImaged('label')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "nvImageCodec" not in done.stderr + done.stdout
