@@ -144,6 +144,7 @@ DEGRADATIONS: dict[str, Callable[[Images, np.random.Generator], Images]] = {
     "T1c and T2-FLAIR": _without("t1n", "t2w"),
     "T1n and T1c": _without("t2w", "flair"),
     "T1c and T2w": _without("t1n", "flair"),
+    "T1n and T2-FLAIR": _without("t1c", "t2w"),
     "T2w and T2-FLAIR": _without("t1n", "t1c"),
     "T1c": _without("t1n", "t2w", "flair"),
     "T2-FLAIR": _without("t1n", "t1c", "t2w"),
