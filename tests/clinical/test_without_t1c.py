@@ -38,7 +38,7 @@ def test_the_others_are_registered_to_flair(scan, flair_first):
     known = scan.poses["t2w"] @ np.linalg.inv(scan.poses["flair"])
     points = np.array([[0, 0, 0], [60, 0, 0], [0, 70, 0], [0, 0, 60], [-60, -70, 0]])
     apart = nib.affines.apply_affine(found, points) - nib.affines.apply_affine(known, points)
-    assert np.linalg.norm(apart, axis=1).mean() < 1
+    assert np.linalg.norm(apart, axis=1).mean() < 2  # both have voxels of 4 x 4 x 5 mm
 
 
 def test_masks_and_dicom_seg_lie_on_the_flair(flair_first, tmp_path):
