@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .cohort import REGIONS, Subject, SubjectError, check_subject, find_subjects
+from .cohort import REGIONS, Subject, SubjectError, find_subjects
+from .cohort.checks import GRID_TOLERANCE
+from .cohort.volumes import read_volume
 from .phantom import write_phantom
 from .phantom.dataset import MASK_FILE
 
@@ -69,10 +71,10 @@ def write_demo_report(run: Path, folders: Sequence[Path], remark: str = "") -> t
     from .weights import Weights
 
     weights = Weights(bundle_root("comnet_ensemble") / "models")
-    subjects, exclusions = find_subjects([*folders], require_label=False)
+    subjects, exclusions = find_subjects([*folders], require_label=False, subsets=True)
     with (run / "segmented" / "volumes.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["status"] != EARLIER]
-    done = {row["subject"] for row in rows if row["status"] == DONE}
+    done = {row["subject"]: row for row in rows if row["status"] == DONE}
     pictures, scores, remarks = {}, [], [remark] * bool(remark)
     for subject in (one for one in subjects if one.name in done):
         results = run / "segmented" / subject.name
@@ -80,7 +82,7 @@ def write_demo_report(run: Path, folders: Sequence[Path], remark: str = "") -> t
         try:
             if subject.label is not None:
                 scores.append({"subject": subject.name} | score(subject, results, weights))
-                pictures[subject.name] = draw_beside_truth(subject, results, run, weights.note)
+                pictures[subject.name] = draw_beside_truth(subject, results, run, done[subject.name])
         except SubjectError as error:
             remarks.append(f"Not scored: {error}")
     page = run / "report.html"
@@ -110,18 +112,28 @@ def score(subject: Subject, results: Path, weights: Any) -> dict[str, float]:
     if subject.name in weights.trained_on:
         reason = "the weights were trained on this subject: a score would be too good"
         raise SubjectError(subject.name, str(subject.label), reason, "Score subjects that they have not seen")
-    check_subject(subject, unknown_labels="background", allow_empty_mask=True)
-    files = {str(subject.label): subject.palette, str(results / f"{subject.name}_seg.nii.gz"): "brats2023"}
+    mask = read_volume(subject.name, str(subject.label), "mask")
+    mask.check_finite()
+    label_map = nib.load(results / f"{subject.name}_seg.nii.gz")
+    if mask.voxels.shape != label_map.shape or (np.abs(mask.affine - label_map.affine) > GRID_TOLERANCE).any():
+        raise mask.error("the mask is on another grid than the images", "Resample it to theirs")
     reference, found = (
-        label_map_to_regions(torch.from_numpy(np.rint(nib.load(file).get_fdata(dtype=np.float32))), palette).bool()
-        for file, palette in files.items()
+        label_map_to_regions(torch.from_numpy(np.asarray(voxels, np.float32)), palette).bool()
+        for voxels, palette in ((mask.voxels, subject.palette), (label_map.dataobj, "brats2023"))
     )
     pairs = zip(REGIONS, found, reference, strict=True)
     return {region: overlap_scores(ours, theirs)["dice"] for region, ours, theirs in pairs}
 
 
-def draw_beside_truth(subject: Subject, results: Path, run: Path, weights_note: str) -> Path:
-    """Draw the label map with the mask dashed into `run`/pictures; return the picture's path."""
+def draw_beside_truth(subject: Subject, results: Path, run: Path, row: Mapping[str, str]) -> Path:
+    """Draw the label map with the mask dashed into `run`/pictures; return the picture's path.
+
+    Args:
+        subject: with a mask.
+        results: folder with its label map.
+        run: folder of the demo.
+        row: the subject's line of volumes.csv.
+    """
     from .report import write_qc_picture
 
     path = run / "pictures" / f"{subject.name}.png"
@@ -132,7 +144,9 @@ def draw_beside_truth(subject: Subject, results: Path, run: Path, weights_note: 
         reference_path=subject.label,
         reference_palette=subject.palette,
         title=subject.name,
-        weights_note=weights_note,
+        subtitle=row["missing"] and f"without {row['missing']}",
+        weights_note=row["weights"],
+        warning=row["warnings"],
     )
     return path
 

@@ -96,6 +96,14 @@ def test_a_mask_on_another_grid_is_not_scored(copied):
     assert "Dice" not in table and "another grid" in page.read_text()
 
 
+def test_a_subject_that_lacks_a_modality_is_scored_too(copied):
+    """Its images are not looked at again but for the picture."""
+    run, subject = copied
+    (subject / "brain_t1.nii.gz").unlink()
+    page, table = demo.write_demo_report(run, [subject])
+    assert "Dice" in table and "Not scored" not in page.read_text()
+
+
 def test_subjects_that_the_weights_were_trained_on_are_not_scored(copied, monkeypatch):
     run, subject = copied
     monkeypatch.setattr(Weights, "trained_on", frozenset({"phantom_0_1"}))
