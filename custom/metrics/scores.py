@@ -330,8 +330,9 @@ def calibration_scores(
     _check_shapes(predicted, expected, inside)
     voxels = inside.reshape(predicted.shape[1:]) != 0
     predicted, expected = predicted[:, voxels], expected[:, voxels].float()
-    if not ((predicted >= 0) & (predicted <= 1)).all():
+    if not ((predicted >= -1e-4) & (predicted <= 1 + 1e-4)).all():  # weights of an interpolation sum to 1 + 1e-7
         raise ValueError("probabilities have values outside of [0, 1]: apply the sigmoid first")
+    predicted = predicted.clamp(0, 1)
     if not ((expected == 0) | (expected == 1)).all():
         raise ValueError("the reference has values other than 0 and 1: convert the label map to regions")
     errors = CalibrationErrorMetric(num_bins, metric_reduction="none")(predicted[None], expected[None])[0]

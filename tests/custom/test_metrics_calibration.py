@@ -66,6 +66,13 @@ def test_truth_scores_zero_and_its_opposite_one() -> None:
     assert opposite["ece"] == opposite["brier"] == dict.fromkeys(REGIONS, 1)
 
 
+def test_rounding_of_an_interpolation_is_no_other_scale() -> None:
+    _, reference, _ = subject(0)
+    over = reference * (1 + 2e-7)
+    assert over.max() > 1
+    assert calibration_scores(over, reference, EVERYWHERE)["ece"] == dict.fromkeys(REGIONS, 0)
+
+
 def test_what_lies_outside_the_brain_changes_nothing() -> None:
     probabilities, reference, brain = subject(1)
     outside = np.broadcast_to(brain, reference.shape) == 0
