@@ -2,6 +2,8 @@
 PYTHON ?= python3
 DATA ?=
 RUN ?=
+# Test files run side by side, each on one thread.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -33,7 +35,7 @@ demo-training: $(READY)
 	$(BIN)/comnet demo_training --output_dir runs/demo-training
 
 test: $(READY)
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --cov --cov-report=term:skip-covered
 
 lint: $(READY)
 	$(BIN)/ruff check .

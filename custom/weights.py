@@ -27,8 +27,8 @@ MODEL_KEY = "model"
 PROVENANCE_KEY = "provenance"
 NUM_FOLDS = 5
 RELEASED: dict[str, str] = {
-    "comnet_ensemble": "b14ca6763ce9f1b0217c0eb4a32a426e435305f1ec67db76354baa2466a514b3",
-    "comnet_mednext": "c43203ec44d9079e567bc90bf024486f69de4f95d81ccbe39e7186b9c740a9f1",
+    "comnet_ensemble": "d3afd315598771b176b1290500efc89ed25f700757eb0bc6c21cf68482b0cb75",
+    "comnet_mednext": "b538409c5482af262657fd398fb1c246628e86f5d166745ea0cbd832a44e7402",
 }
 """SHA-256 of each bundle's released ``models/model.pt``: a file that says it is a release must be one of them."""
 DEFAULT_SETTINGS: dict[str, list[Any]] = {
