@@ -228,7 +228,7 @@ def _subject(
     files = list(filter(is_nifti, names))
     if not files:
         remedy = "Give every subject a folder of its own; if this one holds folders of subjects, give it as dataset_dir"
-        raise error("the folder holds no .nii or .nii.gz file, or may not be read", remedy)
+        raise error("the folder holds no .nii or .nii.gz file, may not be read, or is a link to nowhere", remedy)
     layout = recognise(files) if layout == "auto" else layout
     roles = by_role(files, layout)
     source = next((source for source in LABEL_SOURCES if source in roles), None)
@@ -431,7 +431,8 @@ def _list_names(root: Path) -> list[str]:
     names: list[str] = []
     for entry in _visible(root):
         if not entry.is_dir():
-            names.append(entry.name)
+            lost = entry.is_symlink() and not os.path.exists(entry.path) and not is_nifti(entry.name)
+            names.append(f"{entry.name}/" if lost else entry.name)  # a link to a folder that is not there
             continue
         try:
             files = [file.name for file in _visible(entry.path) if not file.is_dir()]

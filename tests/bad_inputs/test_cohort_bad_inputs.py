@@ -76,12 +76,14 @@ class TestCohortFiles:
     ) -> None:
         (dataset / BAD / "T2.nii.gz").write_bytes(b"")
         (dataset / "empty").mkdir()
+        (dataset / "moved").symlink_to(tmp_path / "nowhere")
         with caplog.at_level(logging.WARNING, logger="comnet"):
             assert len(Cohort(dataset, tmp_path / "lists" / "d.json", progress=False).subjects()) == 2
-        assert "2 subjects kept, 2 excluded" in caplog.text and "T2.nii.gz: not a whole NIfTI file" in caplog.text
+        assert "2 subjects kept, 3 excluded" in caplog.text and "T2.nii.gz: not a whole NIfTI file" in caplog.text
         with open(tmp_path / "lists" / "d_exclusions.csv", newline="") as table:
             rows = list(csv.DictReader(table))
-        assert [(row["subject"], row["file"]) for row in rows] == [(BAD, f"{BAD}/T2.nii.gz"), ("empty", "empty")]
+        excluded = [(row["subject"], row["file"]) for row in rows]
+        assert excluded == [(BAD, f"{BAD}/T2.nii.gz"), ("empty", "empty"), ("moved", "moved")]
         assert all(row["reason"] and row["remedy"] for row in rows)
 
     @pytest.mark.parametrize(
