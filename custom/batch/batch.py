@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,6 +75,7 @@ class Batch:
         self._started = time.perf_counter()
         self._pool = ThreadPoolExecutor(1, "pictures")
         self._drawing: Future[None] | None = None
+        self._fonts: tempfile.TemporaryDirectory[str] | None = None
 
     def inputs(self) -> list[Item]:
         """Return the subjects of the dataset that are to be segmented: see `begin`."""
@@ -214,6 +217,11 @@ class Batch:
             self._fail(name, str(error))
 
     def _draw(self, name: str, warnings: Sequence[str], missing: str) -> None:
+        try:
+            tempfile.gettempdir()
+        except FileNotFoundError:  # all is read-only but the output: Matplotlib wants a folder for its list of fonts
+            self._fonts = self._fonts or tempfile.TemporaryDirectory(dir=self.output_dir, prefix=".matplotlib-")
+            os.environ.setdefault("MPLCONFIGDIR", self._fonts.name)
         from ..report import write_qc_picture
 
         item = self.items[name]
