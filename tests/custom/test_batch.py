@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -268,6 +269,19 @@ def test_warnings_are_written_into_the_picture(make, items, monkeypatch):
     assert drawn.call_args.kwargs["warning"] == (
         "no skull; ET had only components smaller than min_volume_mm3 and is empty"
     )
+
+
+def test_pictures_need_no_folder_but_the_output(make, items, monkeypatch):
+    monkeypatch.setattr("custom.report.write_qc_picture", Mock())
+    monkeypatch.setattr("tempfile.gettempdir", Mock(side_effect=FileNotFoundError("no usable temporary directory")))
+    monkeypatch.setenv("MPLCONFIGDIR", "")
+    monkeypatch.delenv("MPLCONFIGDIR")
+    book = make()
+    book.pictures = True
+    book.begin(items[:1])
+    finish(book, "a")
+    fonts = Path(os.environ["MPLCONFIGDIR"])
+    assert fonts.parent == Path(book.output_dir) and fonts.is_dir()
 
 
 def test_missing_modalities_stand_in_record_table_and_picture(make, items, monkeypatch):
