@@ -29,11 +29,6 @@ from custom.report import region_masks
 Images = dict[str, nib.Nifti1Image]
 
 
-def _each(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Images, np.random.Generator], Images]:
-    """The same change of voxels in each modality."""
-    return lambda images, rng: {key: _with(image, change(_voxels(image))) for key, image in images.items()}
-
-
 def _voxels(image: nib.Nifti1Image) -> np.ndarray:
     return np.asarray(image.dataobj, dtype=np.float32)
 
@@ -104,15 +99,18 @@ def _noisy(images: Images, rng: np.random.Generator) -> Images:
     return changed
 
 
+def _brain(images: Images) -> np.ndarray:
+    return np.any([_voxels(image) != 0 for image in images.values()], axis=0)
+
+
 def _eroded(images: Images, rng: np.random.Generator) -> Images:
-    brain = np.any([_voxels(image) != 0 for image in images.values()], axis=0)
-    inside = ndimage.distance_transform_edt(ndimage.binary_fill_holes(brain)) > 3
+    inside = ndimage.distance_transform_edt(ndimage.binary_fill_holes(_brain(images))) > 3
     return {key: _with(image, _voxels(image) * inside) for key, image in images.items()}
 
 
 def _dilated(images: Images, rng: np.random.Generator) -> Images:
     """Three millimetres more, with the nearest voxel's value times a random share, as remains of meninges have."""
-    brain = np.any([_voxels(image) != 0 for image in images.values()], axis=0)
+    brain = _brain(images)
     distance, nearest = ndimage.distance_transform_edt(~brain, return_indices=True)
     rim = (distance > 0) & (distance <= 3)
     share = rng.uniform(0.2, 1.2, brain.shape)
@@ -127,7 +125,7 @@ def _without(*absent: str) -> Callable[[Images, np.random.Generator], Images]:
 
 
 DEGRADATIONS: dict[str, Callable[[Images, np.random.Generator], Images]] = {
-    "untouched": _each(lambda voxels: voxels),
+    "untouched": _without(),
     "2 mm voxels": _thicker(2, 2, 2),
     "6 mm axial slices": _thicker(1, 1, 6),
     "6 mm sagittal slices": _thicker(6, 1, 1),

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,7 @@ import numpy as np
 from .cohort import REGIONS, Subject, SubjectError, find_subjects
 from .cohort.checks import GRID_TOLERANCE
 from .cohort.volumes import read_volume
-from .phantom import write_phantom
-from .phantom.dataset import MASK_FILE
+from .phantom import write_absent
 
 GEOMETRY: dict[str, Any] = {"shape": (128, 154, 128), "spacing": (1.25, 1.25, 1.25)}
 """A whole head; at 1 mm it takes twice as long to make."""
@@ -24,29 +21,20 @@ PHANTOM_REMARK = "Phantoms are simulated: that they are segmented well or badly 
 
 
 def write_phantoms(folder: Path, num_subjects: int, seed: int = 0, **geometry: Any) -> list[Path]:
-    """Write those phantoms that are not there yet, two at a time.
+    """Write those phantoms that are not there yet.
 
     Args:
-        folder: where to write phantom_<seed>_1, phantom_<seed>_2, … Every fourth has no enhancing tumour.
+        folder: where to write phantom_<seed>_1, phantom_<seed>_2, …
         num_subjects: how many.
-        seed: another seed gives other phantoms, of other names.
-        geometry: shape and spacing, see `write_phantom`; by default `GEOMETRY`.
+        seed: another seed gives other phantoms, of other names, and none that weights were trained on.
+        geometry: shape and spacing, see `write_absent`; by default `GEOMETRY`.
 
     Returns:
         The subjects' folders.
     """
-    from tqdm import tqdm
-
-    names = {number: f"phantom_{seed}_{number}" for number in range(1, num_subjects + 1)}
-
-    def write(number: int) -> None:
-        own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])  # none that weights were trained on
-        write_phantom(folder, names[number], seed=own, enhancing=number % 4 != 0, **GEOMETRY | geometry)
-
-    absent = [number for number, name in names.items() if not (folder / name / MASK_FILE).exists()]  # written last
-    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:  # NumPy and SciPy let go of the interpreter lock
-        list(tqdm(pool.map(write, absent), "phantoms", len(absent), unit="subject", disable=not absent))
-    return [folder / name for name in names.values()]
+    numbers = range(1, num_subjects + 1)
+    seeds = {f"phantom_{seed}_{n}": int(np.random.SeedSequence([seed, n]).generate_state(1)[0]) for n in numbers}
+    return write_absent(folder, seeds, **GEOMETRY | geometry)
 
 
 def write_demo_report(run: Path, folders: Sequence[Path], remark: str = "") -> tuple[Path, str]:

@@ -4,7 +4,7 @@
 #include "vectors.h"
 
 // p: zero padded (D+2, H+2, W+2, C) with 64 floats of slack
-static void pad(const float* x, float* p, long D, long H, long W, long C) {
+extern "C" void dw_pad(const float* x, float* p, long D, long H, long W, long C) {
     long row = W * C, prow = (W + 2) * C, plane = (H + 2) * prow;
     memset(p, 0, plane * 4);
     for (long d = 0; d < D; d++) {
@@ -35,7 +35,6 @@ static inline void taps(const float* const* base, long off, const float* w, v16 
         for (int m = 0; m < M; m++) acc[m] += v * ld(base[k] + off + m * step);
     }
 }
-extern "C" void dw_pad(const float* x, float* p, long D, long H, long W, long C) { pad(x, p, D, H, W, C); }
 // y (D, H, W, C) = depthwise of padded p, with sums and sums of squares over voxels where s is given
 extern "C" void dw_fwd(
     const float* p, const float* w, const float* b, float* y, double* s, long D, long H, long W, long C, int flip) {

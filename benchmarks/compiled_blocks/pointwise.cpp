@@ -217,31 +217,40 @@ static void linear_bwd(const float* h, const float* w, const float* gz, float* g
         for (int e = 0; e < E; e++) gw[e * O + o] = GW[o][e];
     }
 }
-#define EXP(c, e) \
-    if (C == c && E == e) return expand<c, e>(y, w, b, h, n, V);
+// Channels in and out that are compiled: EXPANSIONS and LINEARS of blocks.py.
+#define EXPANSIONS(F) F(8, 16) F(8, 32) F(16, 16) F(16, 32) F(16, 48)
+#define LINEARS(F)                                                                                            \
+    F(4, 8) F(4, 16) F(8, 3) F(8, 16) F(16, 3) F(16, 8) F(16, 16) F(16, 32) F(32, 8) F(32, 16) F(48, 16) F(48, 32)
+
 extern "C" void expand_fwd(
     const float* y, const float* w, const float* b, float* h, double* n, long V, long C, long E) {
-    EXP(8, 16) EXP(8, 32) EXP(16, 32) EXP(16, 48) EXP(16, 16) abort();
+#define CASE(c, e) \
+    if (C == c && E == e) return expand<c, e>(y, w, b, h, n, V);
+    EXPANSIONS(CASE)
+#undef CASE
+    abort();
 }
-#define EXB(c, e) \
-    if (C == c && E == e) return expand_bwd<c, e>(y, w, b, h, gh, gn, gy, gw, gb, V);
 extern "C" void expand_back(const float* y, const float* w, const float* b, const float* h, const float* gh,
     const float* gn, float* gy, float* gw, float* gb, long V, long C, long E) {
-    EXB(8, 16) EXB(8, 32) EXB(16, 32) EXB(16, 48) EXB(16, 16) abort();
+#define CASE(c, e) \
+    if (C == c && E == e) return expand_bwd<c, e>(y, w, b, h, gh, gn, gy, gw, gb, V);
+    EXPANSIONS(CASE)
+#undef CASE
+    abort();
 }
-#define LIN(e, o) \
-    if (E == e && O == o) return linear<e, o>(h, w, b, r, z, V);
 extern "C" void linear_fwd(
     const float* h, const float* w, const float* b, const float* r, float* z, long V, long E, long O) {
-    LIN(4, 8)
-    LIN(4, 16) LIN(16, 8) LIN(32, 8) LIN(16, 16) LIN(32, 16) LIN(48, 16) LIN(48, 32) LIN(8, 3) LIN(16, 3) LIN(8, 16)
-        LIN(16, 32) abort();
+#define CASE(e, o) \
+    if (E == e && O == o) return linear<e, o>(h, w, b, r, z, V);
+    LINEARS(CASE)
+#undef CASE
+    abort();
 }
-#define LIB(e, o) \
-    if (E == e && O == o) return linear_bwd<e, o>(h, w, gz, gh, gw, gb, V);
 extern "C" void linear_back(
     const float* h, const float* w, const float* gz, float* gh, float* gw, float* gb, long V, long E, long O) {
-    LIB(4, 8)
-    LIB(4, 16) LIB(16, 8) LIB(32, 8) LIB(16, 16) LIB(32, 16) LIB(48, 16) LIB(48, 32) LIB(8, 3) LIB(16, 3) LIB(8, 16)
-        LIB(16, 32) abort();
+#define CASE(e, o) \
+    if (E == e && O == o) return linear_bwd<e, o>(h, w, gz, gh, gw, gb, V);
+    LINEARS(CASE)
+#undef CASE
+    abort();
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,34 @@ def write_cohort(
     ]
 
 
+def write_absent(
+    root: str | os.PathLike[str], seeds: Mapping[str, int], shape: Sequence[int], spacing: Sequence[float]
+) -> list[Path]:
+    """Writes those phantoms that are not there yet, two at a time, behind a progress bar.
+
+    Args:
+        root: dataset folder; made if absent.
+        seeds: seed of each subject by its name; every fourth has no enhancing tumour.
+        shape: voxels along the stored axes.
+        spacing: voxel size in mm along the stored axes.
+
+    Returns:
+        The folders of all of them.
+    """
+    from tqdm import tqdm
+
+    folders = [Path(root) / name for name in seeds]
+    absent = [i for i, folder in enumerate(folders) if not (folder / MASK_FILE).exists()]  # the file written last
+
+    def write(i: int) -> None:
+        name = folders[i].name
+        write_phantom(root, name, shape, spacing, seed=seeds[name], enhancing=not _is_drawn(i + 1, 0.25))
+
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:  # NumPy and SciPy let go of the interpreter lock
+        list(tqdm(pool.map(write, absent), "phantoms", len(absent), unit="subject", disable=not absent))
+    return folders
+
+
 def training_phantoms(
     root: str | os.PathLike[str],
     num_subjects: int,
@@ -151,11 +180,7 @@ def training_phantoms(
     """
     if num_subjects == 0:
         return []
-    for number in range(1, num_subjects + 1):
-        name = f"phantom_{number:04d}"
-        if not (Path(root) / name / MASK_FILE).exists():  # the file that is written last
-            enhancing = not _is_drawn(number, 0.25)
-            write_phantom(root, name, shape, spacing, seed=seed + number, enhancing=enhancing)
+    write_absent(root, {f"phantom_{n:04d}": seed + n for n in range(1, num_subjects + 1)}, shape, spacing)
     return Cohort(os.fspath(root), num_folds=min(5, num_subjects)).subjects()
 
 

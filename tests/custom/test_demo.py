@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from custom import cli, demo
+from custom.phantom import dataset
 from custom.weights import Weights
 
 SMALL = {"shape": (64, 72, 60), "spacing": (2.5, 2.5, 2.5)}
@@ -54,7 +55,7 @@ def test_a_fresh_phantom_is_segmented_with_the_released_weights_and_scored(shown
 def test_a_demo_goes_on_where_it_stopped(copied, monkeypatch):
     run, _ = copied
     monkeypatch.setattr(demo, "GEOMETRY", SMALL)
-    monkeypatch.setattr(demo, "write_phantom", lambda *_, **__: pytest.fail("the phantom is there"))
+    monkeypatch.setattr(dataset, "write_phantom", lambda *_, **__: pytest.fail("the phantom is there"))
     assert demo.write_phantoms(run / "phantoms", 1) == [run / "phantoms" / "phantom_0_1"]
 
 
@@ -83,15 +84,15 @@ def test_of_several_subjects_those_that_cannot_be_segmented_are_told(shown, caps
 
 def test_without_a_mask_there_are_volumes_only(copied):
     run, subject = copied
-    (subject / demo.MASK_FILE).unlink()
+    (subject / dataset.MASK_FILE).unlink()
     page, table = demo.write_demo_report(run, [subject])
     assert "Dice" not in table and "Dice" not in page.read_text() and "data:image/jpeg" in page.read_text()
 
 
 def test_a_mask_on_another_grid_is_not_scored(copied):
     run, subject = copied
-    mask = nib.load(subject / demo.MASK_FILE)
-    nib.save(mask.slicer[4:], subject / demo.MASK_FILE)
+    mask = nib.load(subject / dataset.MASK_FILE)
+    nib.save(mask.slicer[4:], subject / dataset.MASK_FILE)
     page, table = demo.write_demo_report(run, [subject])
     assert "Dice" not in table and "another grid" in page.read_text()
 
