@@ -1,4 +1,4 @@
-"""Augmentation that neither MONAI nor TorchIO has: modalities that are absent, and brain masks that are imperfect."""
+"""Augmentation that neither MONAI nor TorchIO has: of each modality by itself, and of imperfect brain masks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from monai.config import KeysCollection
-from monai.transforms import Compose, MapTransform, RandomizableTransform
+from monai.transforms import Compose, MapTransform, RandBiasField, RandomizableTransform
 from monai.utils import ensure_tuple
 from torch.nn.functional import max_pool3d
 
@@ -112,6 +112,54 @@ def _move_rim(image: torch.Tensor, steps: int, brightness: float) -> torch.Tenso
     grown = max_pool3d(torch.where(brain, image, low)[None], size, 1, pad)[0]
     near = (max_pool3d(brain.float()[None], size, 1, pad)[0] > 0) & ~brain
     return torch.where(near, grown * brightness, image)
+
+
+class RandModalityBiasFieldd(RandomizableTransform, MapTransform):
+    """Shade each modality by a smooth field of its own, as coils do, and bring it back to the level it had.
+
+    A field multiplies intensities above the background, but normalised images are centred on the brain, so a field on
+    them would leave ordinary tissue as it is. So the background is put back where it was first, by a random number of
+    standard deviations below the brain's mean; afterwards the brain has its old mean and standard deviation again, as
+    preprocessing of such an image would give it.
+
+    Args:
+        keys: normalised images ``[C, *spatial]`` whose background is zero, which it stays.
+        prob: probability for each modality; 0 leaves every image as it is.
+        degree: degree of the polynomial whose exponential is the field.
+        coeff_range: range of its coefficients, on axes from -1 to 1.
+        level: range of the brain's mean above the background, in standard deviations.
+        allow_missing_keys: pass over absent keys.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        prob: float = 0.0,
+        degree: int = 3,
+        coeff_range: tuple[float, float] = (-0.2, 0.2),
+        level: tuple[float, float] = (2.0, 5.0),
+        allow_missing_keys: bool = False,
+    ) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        RandomizableTransform.__init__(self, prob)
+        self.field = RandBiasField(degree, coeff_range, prob=1.0)
+        self.level = level
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Shade some modalities of each key."""
+        subject = dict(data)
+        self.field.set_random_state(state=self.R)
+        for key in self.key_iterator(subject):
+            subject[key] = subject[key].clone()
+            for channel in subject[key]:
+                self.randomize(None)
+                brain = nonzero_voxels(channel)
+                if self._do_transform and brain.sum() > 1:
+                    mean, std = channel[brain].mean(), channel[brain].std()
+                    level = float(self.R.uniform(*self.level))
+                    shaded = self.field((channel + level)[None])[0][brain]
+                    channel[brain] = mean + std * (shaded - shaded.mean()) / shaded.std().clamp_min(1e-6)
+        return subject
 
 
 class RandModalityContrastd(RandomizableTransform, MapTransform):
