@@ -5,7 +5,13 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import RandGaussianNoised
 
-from custom.training.augmentation import RandBrainMaskd, RandDropModalitiesd, RandModalityContrastd, WithinBrain
+from custom.training.augmentation import (
+    RandBrainMaskd,
+    RandDropModalitiesd,
+    RandModalityBiasFieldd,
+    RandModalityContrastd,
+    WithinBrain,
+)
 
 SIZE = (14, 16, 12)
 BRAIN = (slice(3, 11), slice(3, 13), slice(3, 9))
@@ -50,13 +56,14 @@ def test_the_input_is_left_as_it_was():
         RandDropModalitiesd("image", 1.0),
         RandBrainMaskd("image", 1.0, 1.0),
         RandModalityContrastd("image", 1.0),
+        RandModalityBiasFieldd("image", 1.0),
     ):
         transform.set_random_state(0)
         assert not torch.equal(transform({"image": source})["image"], source)
         assert torch.equal(source, image())
 
 
-@pytest.mark.parametrize("kind", [RandDropModalitiesd, RandBrainMaskd, RandModalityContrastd])
+@pytest.mark.parametrize("kind", [RandDropModalitiesd, RandBrainMaskd, RandModalityContrastd, RandModalityBiasFieldd])
 def test_off_by_default_and_reproducible(kind):
     assert all(torch.equal(result, image()) for result in drawn(kind("image"), 20))
     ours, theirs = drawn(kind("image", prob=0.5), 8), drawn(kind("image", prob=0.5), 8)
@@ -87,8 +94,27 @@ def test_contrast_keeps_background_and_order_of_intensities():
     assert not torch.allclose(results[0][0][inside].mean(), results[0][1][inside].mean())
 
 
-def test_contrast_of_an_absent_modality_is_absent():
-    transform = RandModalityContrastd("image", prob=1.0)
+def test_a_bias_field_shades_ordinary_tissue_in_each_modality_and_towards_either_side():
+    source = image() * 0.01  # the brain's mean is 0, where a product of normalised intensities changes nothing
+    transform = RandModalityBiasFieldd("image", prob=1.0)
+    transform.set_random_state(0)
+    slopes = []
+    for _ in range(10):
+        shaded = transform({"image": source})["image"]
+        inside = source[0] != 0
+        assert torch.equal(shaded == 0, source == 0)
+        for channel, before in zip(shaded, source, strict=True):
+            assert channel[inside].mean() == pytest.approx(float(before[inside].mean()), abs=1e-4)
+            assert channel[inside].std() == pytest.approx(float(before[inside].std()), rel=1e-3)
+            brain = channel[BRAIN] / before[inside].std()
+            slopes.append(float(brain[:, :, -1].mean() - brain[:, :, 0].mean()))
+    assert min(slopes) < -1 and max(slopes) > 1
+    assert len({round(slope, 3) for slope in slopes}) == len(slopes)
+
+
+@pytest.mark.parametrize("kind", [RandModalityContrastd, RandModalityBiasFieldd])
+def test_an_absent_modality_stays_absent(kind):
+    transform = kind("image", prob=1.0)
     empty = torch.zeros(4, *SIZE)
     assert torch.equal(transform({"image": empty})["image"], empty)
 
