@@ -27,6 +27,7 @@ MODEL_KEY = "model"
 PROVENANCE_KEY = "provenance"
 NUM_FOLDS = 5
 RELEASED: dict[str, str] = {
+    "comnet_corrdiff": "edcd6718152649ff15153fd72c7ec46cb7f813410f99fab52914c064eeb3d52c",
     "comnet_ensemble": "d3afd315598771b176b1290500efc89ed25f700757eb0bc6c21cf68482b0cb75",
     "comnet_mednext": "b538409c5482af262657fd398fb1c246628e86f5d166745ea0cbd832a44e7402",
 }

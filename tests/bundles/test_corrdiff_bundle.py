@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 from bundle_runs import BUNDLES, TINY, fails_with, run
+from monai.bundle import ConfigParser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from custom.cohort import Cohort
 from custom.mednext import mednext_tiny
-from custom.weights import CheckpointError, fold_checkpoint, read_checkpoint, save_atomically
+from custom.weights import RELEASED, CheckpointError, Weights, fold_checkpoint, read_checkpoint, save_atomically
 
 ROOT = BUNDLES / "comnet_corrdiff"
 FOLDS = 3
@@ -175,3 +176,29 @@ def test_two_processes_train_one_corrector(phantoms, backbones, tmp_path):
     state, _ = read_checkpoint(tmp_path / "fold0" / "model.pt")
     assert not any("module." in key for key in state)
     assert torch.load(tmp_path / "fold0" / "last.pt", weights_only=True)["progress"]["iteration"] == 4
+
+
+def test_the_released_pair_leaves_the_regions_that_its_switch_refuses():
+    weights = Weights(ROOT / "models" / "model.pt")
+    assert weights.checkpoints[0].sha256 == RELEASED["comnet_corrdiff"]
+    config = ConfigParser()
+    config.read_config(ROOT / "configs" / "inference.json")
+    config.update({"bundle_root": str(ROOT), "device": "cpu"} | weights.settings)
+    network = config.get_parsed_content("network_def").eval()
+    weights.load(network)
+    assert network.refine_regions == weights.tuned["refine_regions"] and bool(network.corrector.alpha.any())
+    image = torch.randn(1, 4, 32, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        coarse, found = network.backbones[0](image), network(image)
+        network.refine_regions = [True] * 3
+        refined = network(image)
+    changed = [not torch.equal(found[:, region], coarse[:, region]) for region in range(3)]
+    assert changed == weights.tuned["refine_regions"] and not torch.equal(refined, coarse)
+
+
+def test_the_released_pair_has_the_backbone_of_the_released_fold():
+    pair, facts = read_checkpoint(ROOT / "models" / "model.pt")
+    backbone, of_backbone = read_checkpoint(BUNDLES / "comnet_mednext" / "models" / "model.pt")
+    assert all(torch.equal(pair[f"backbones.0.{name}"], value) for name, value in backbone.items())
+    alike = ("fold", "spacing", "patch_size", "trained_on", "missing_modalities")
+    assert {name: facts[name] for name in alike} == {name: of_backbone[name] for name in alike}
