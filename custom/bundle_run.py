@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
+import platform
 import shlex
 import sys
 import traceback
@@ -53,6 +55,18 @@ def import_monai_lean() -> None:
     finally:
         for name in absent:
             del sys.modules[name]
+
+
+def reuse_memory() -> None:
+    """Have glibc keep large blocks that are freed for the next image, rather than hand them back to the system.
+
+    The system clears each page of memory that it hands out: a third of the processor time of a segmentation. Where
+    the C library is another one, nothing is changed.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        never_by_mmap, trim_above_256_mb = (-4, 0), (-1, 2**28)  # M_MMAP_MAX, M_TRIM_THRESHOLD in malloc.h
+        for option in (never_by_mmap, trim_above_256_mb):
+            ctypes.CDLL(None).mallopt(*option)
 
 
 def bundle_root(name: str) -> Path:

@@ -11,7 +11,15 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from .bundle_run import bundle_root, ensemble_settings, import_monai_lean, known_reason, log_fault, run_bundle
+from .bundle_run import (
+    bundle_root,
+    ensemble_settings,
+    import_monai_lean,
+    known_reason,
+    log_fault,
+    reuse_memory,
+    run_bundle,
+)
 from .clinical.commands import prepare, segment_raw
 from .files import UserError
 
@@ -87,6 +95,7 @@ def segment(
         raise UserError("--without, --study, --brain_mask, --brain, --keep_names and --every_series go with --raw")
     dataset = None if raw else _dataset(inputs, files, name)
     import_monai_lean()
+    reuse_memory()
     from .weights import Weights
 
     there = _path(weights) if weights else bundle_root("comnet_ensemble") / "models"
@@ -94,7 +103,7 @@ def segment(
     settings = ensemble_settings(found, device)
     print(f"weights: {found.note}", file=sys.stderr)
     if sliding_window:
-        settings["inferer"] = "@sliding_window"
+        settings |= {"inferer": "@sliding_window", "mirror_axes": []}
 
     def run(dataset: Any) -> None:
         run_bundle(

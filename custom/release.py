@@ -83,7 +83,7 @@ WEIGHTS = {
     "comnet_corrdiff": "comnet/fold0/model.pt",
     "comnet_ensemble": "ensemble/model.pt",
 }
-NUMBERS = ("spacing", "patch_size", "num_folds")
+NUMBERS = ("spacing", "patch_size", "mirror_axes", "num_folds")
 LARGE_FILE = 25 * 2**20
 EARLIEST = (1980, 1, 1, 0, 0, 0)
 NO_WEIGHTS = "No weights are distributed in this bundle: train them, or put a model.pt here.\n"

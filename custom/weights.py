@@ -40,7 +40,7 @@ DEFAULT_SETTINGS: dict[str, list[Any]] = {
 MONAI_NETWORKS = "monai.networks.nets"
 TRUSTED = {"backbone": "custom.mednext.mednext_", "corrector": "custom.corrdiff.corrdiff_"}
 """How the names of networks begin that weights may name: those that the room exports, and MONAI's own backbones."""
-NUMBERS = ("spacing", "patch_size", "num_folds", "refine_each_fold")
+NUMBERS = ("spacing", "patch_size", "mirror_axes", "num_folds", "refine_each_fold")
 
 
 class CheckpointError(UserError):

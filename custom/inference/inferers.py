@@ -37,18 +37,35 @@ class WholeVolumeInferer(Inferer):
         divisor: every spatial size is padded with zeros (the background) to a multiple of this; 16 for MedNeXt.
         execution: turns a network into what executes it, such as :class:`custom.mednext.runtime.Runtime`: servers take
             the inferer of a bundle and call it with a network of their own.
+        mirror_axes: spatial axes; for each the image is inferred once more, mirrored, and the logits are averaged.
+            In images oriented to RAS, 0 is left and right.
     """
 
-    def __init__(self, divisor: int = 16, execution: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self,
+        divisor: int = 16,
+        execution: Callable[[Any], Any] | None = None,
+        mirror_axes: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         self.divisor = divisor
         self.execution = execution
+        self.mirror_axes = tuple(mirror_axes)
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Infer ``[B, C, *spatial]`` of any size; the result has the same spatial size and, if any, metadata."""
         network = network if self.execution is None else self.execution(network)
+        output = self.infer(inputs, network, *args, **kwargs)
+        for axis in self.mirror_axes:
+            output = output + self.infer(inputs.flip(2 + axis), network, *args, **kwargs).flip(2 + axis)
+        return output / (1 + len(self.mirror_axes)) if self.mirror_axes else output
+
+    def infer(
+        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Infer without mirroring, by a network that is ready to be called."""
         image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         padding = [(-size) % self.divisor for size in image.shape[2:]]
         padded = F.pad(image, [amount for size in reversed(padding) for amount in (size // 2, size - size // 2)])
@@ -69,7 +86,7 @@ class FewWindowsInferer(WholeVolumeInferer):
         patch_size: size of the training patch; a window has at most as many voxels, of any shape.
         overlap: least number of voxels that neighbours share.
         divisor: every window size is a multiple of this; 16 for MedNeXt.
-        execution: see :class:`WholeVolumeInferer`.
+        execution, mirror_axes: see :class:`WholeVolumeInferer`.
     """
 
     def __init__(
@@ -78,20 +95,20 @@ class FewWindowsInferer(WholeVolumeInferer):
         overlap: int = 8,
         divisor: int = 16,
         execution: Callable[[Any], Any] | None = None,
+        mirror_axes: Sequence[int] = (),
     ) -> None:
-        super().__init__(divisor, execution)
+        super().__init__(divisor, execution, mirror_axes)
         self.patch_size = tuple(patch_size)
         self.overlap = overlap
 
-    def __call__(
+    def infer(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Infer ``[B, C, *spatial]`` of any size; the result has the same spatial size and, if any, metadata."""
-        network = network if self.execution is None else self.execution(network)
+        """Infer without mirroring, by a network that is ready to be called."""
         size = inputs.shape[2:]
         window, counts = self.plan(size)
         if math.prod(counts) == 1:
-            return super().__call__(inputs, network, *args, **kwargs)
+            return super().infer(inputs, network, *args, **kwargs)
         steps = [-(-(full - one) // max(1, n - 1)) for full, one, n in zip(size, window, counts, strict=True)]
         overlap = [1 - (max(step, 1) + 0.5) / one for step, one in zip(steps, window, strict=True)]  # MONAI rounds down
         return sliding_window_inference(

@@ -177,7 +177,7 @@ def _settings(choices: Mapping[str, Choice]) -> dict[str, list[Any]]:
     }
 
 
-SETTINGS = ("backbone", "corrector", "spacing", "patch_size")
+SETTINGS = ("backbone", "corrector", "spacing", "patch_size", "mirror_axes")
 
 
 def gather_parts(

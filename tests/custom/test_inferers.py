@@ -136,6 +136,21 @@ def test_what_fits_the_patch_is_one_pass():
     assert torch.equal(FewWindowsInferer((48, 48, 48))(x, NeedsSixteen()), WholeVolumeInferer()(x, NeedsSixteen()))
 
 
+@pytest.mark.parametrize("inferer", [WholeVolumeInferer, lambda **given: FewWindowsInferer((32, 32, 32), **given)])
+def test_mirrored_passes_are_turned_back_and_averaged(inferer):
+    x = torch.rand(1, 2, 48, 40, 16)
+
+    def lopsided(part):
+        return part * torch.linspace(0, 1, part.shape[2])[:, None, None]
+
+    def once(image):
+        return inferer()(image, lopsided)
+
+    expected = (once(x) + once(x.flip(2)).flip(2) + once(x.flip(3)).flip(3)) / 3
+    assert not torch.allclose(expected, once(x))
+    torch.testing.assert_close(inferer(mirror_axes=[0, 1])(x, lopsided), expected)
+
+
 def test_a_small_patch_makes_many_small_windows():
     window, counts = FewWindowsInferer((32, 16, 32)).plan((64, 64, 40))
     assert math.prod(window) <= 32 * 16 * 32 and math.prod(counts) > 8

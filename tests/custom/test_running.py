@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import platform
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,3 +117,21 @@ def test_a_name_stays_text_in_a_config_and_on_monais_command_line(name):
     assert ConfigParser({"names": config_value([Path(name)])}).get_parsed_content("names") == [name]
     words = shlex.split(bundle_command("comnet_ensemble", "inference.json", output_dir=Path(name)))
     assert ConfigParser({"name": DefaultParseValue(words[-1])}).get_parsed_content("name") == name
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep what is freed")
+def test_a_large_block_that_was_freed_is_used_again():
+    script = (
+        "import resource, sys, torch\n"
+        "from custom.bundle_run import reuse_memory\n"
+        "if sys.argv[1] == 'reuse': reuse_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "before = faults()\n"
+        "for _ in range(60): torch.ones(2**24).sum()\n"  # 64 MB, more than glibc would ever keep
+        "print(faults() - before)\n"
+    )
+    usual, reused = (
+        int(subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("usual", "reuse")
+    )
+    assert reused < usual / 4
