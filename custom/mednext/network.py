@@ -333,7 +333,7 @@ class MedNeXt(nn.Module):
     @torch.jit.unused
     def check(self, x: Tensor) -> None:
         """Raise ValueError where the network cannot take this input; silent while a graph is recorded."""
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        if is_recorded():
             return
         if x.dim() != 5 or x.shape[1] != self.in_channels:
             order = " in the order T1n, T1c, T2w, T2-FLAIR" if self.in_channels == 4 else ""
@@ -349,82 +349,34 @@ class MedNeXt(nn.Module):
             )
 
 
-def mednext_small(
-    in_channels: int = 4,
-    out_channels: int = 3,
-    kernel_size: int = 3,
-    deep_supervision: bool = True,
-    grn: bool = True,
-    checkpointing: bool = False,
-) -> MedNeXt:
-    """MedNeXt-S: two blocks a stage, expansion 2. Arguments as in `MedNeXt`."""
-    shape = (32, (2,) * 9, (2,) * 9)
-    return MedNeXt(in_channels, out_channels, *shape, kernel_size, deep_supervision, grn, checkpointing)
+def mednext_small(in_channels: int = 4, out_channels: int = 3, **options: Any) -> MedNeXt:
+    """MedNeXt-S: two blocks a stage, expansion 2. Options as of `MedNeXt`."""
+    return MedNeXt(in_channels, out_channels, 32, (2,) * 9, (2,) * 9, **options)
 
 
-def mednext_base(
-    in_channels: int = 4,
-    out_channels: int = 3,
-    kernel_size: int = 3,
-    deep_supervision: bool = True,
-    grn: bool = True,
-    checkpointing: bool = False,
-) -> MedNeXt:
-    """MedNeXt-B: two blocks a stage, expansion 2 to 4. Arguments as in `MedNeXt`."""
-    shape = (32, (2, 3, 4, 4, 4, 4, 4, 3, 2), (2,) * 9)
-    return MedNeXt(in_channels, out_channels, *shape, kernel_size, deep_supervision, grn, checkpointing)
+def mednext_base(in_channels: int = 4, out_channels: int = 3, **options: Any) -> MedNeXt:
+    """MedNeXt-B: two blocks a stage, expansion 2 to 4. Options as of `MedNeXt`."""
+    return MedNeXt(in_channels, out_channels, 32, (2, 3, 4, 4, 4, 4, 4, 3, 2), (2,) * 9, **options)
 
 
-def mednext_medium(
-    in_channels: int = 4,
-    out_channels: int = 3,
-    kernel_size: int = 3,
-    deep_supervision: bool = True,
-    grn: bool = True,
-    checkpointing: bool = False,
-) -> MedNeXt:
-    """MedNeXt-M: three or four blocks a stage, expansion 2 to 4. Arguments as in `MedNeXt`."""
-    shape = (32, (2, 3, 4, 4, 4, 4, 4, 3, 2), (3, 4, 4, 4, 4, 4, 4, 4, 3))
-    return MedNeXt(in_channels, out_channels, *shape, kernel_size, deep_supervision, grn, checkpointing)
+def mednext_medium(in_channels: int = 4, out_channels: int = 3, **options: Any) -> MedNeXt:
+    """MedNeXt-M: three or four blocks a stage, expansion 2 to 4. Options as of `MedNeXt`."""
+    return MedNeXt(in_channels, out_channels, 32, (2, 3, 4, 4, 4, 4, 4, 3, 2), (3, 4, 4, 4, 4, 4, 4, 4, 3), **options)
 
 
-def mednext_large(
-    in_channels: int = 4,
-    out_channels: int = 3,
-    kernel_size: int = 3,
-    deep_supervision: bool = True,
-    grn: bool = True,
-    checkpointing: bool = False,
-) -> MedNeXt:
-    """MedNeXt-L: three to eight blocks a stage, expansion 3 to 8. Arguments as in `MedNeXt`."""
-    shape = (32, (3, 4, 8, 8, 8, 8, 8, 4, 3), (3, 4, 8, 8, 8, 8, 8, 4, 3))
-    return MedNeXt(in_channels, out_channels, *shape, kernel_size, deep_supervision, grn, checkpointing)
+def mednext_large(in_channels: int = 4, out_channels: int = 3, **options: Any) -> MedNeXt:
+    """MedNeXt-L: three to eight blocks a stage, expansion 3 to 8. Options as of `MedNeXt`."""
+    return MedNeXt(in_channels, out_channels, 32, (3, 4, 8, 8, 8, 8, 8, 4, 3), (3, 4, 8, 8, 8, 8, 8, 4, 3), **options)
 
 
-def mednext_tiny(
-    in_channels: int = 4,
-    out_channels: int = 3,
-    kernel_size: int = 3,
-    deep_supervision: bool = True,
-    grn: bool = True,
-    checkpointing: bool = False,
-) -> MedNeXt:
-    """For tests and demonstrations: eight filters, one block a stage, expansion 2. Arguments as in `MedNeXt`."""
-    shape = (8, (2,) * 9, (1,) * 9)
-    return MedNeXt(in_channels, out_channels, *shape, kernel_size, deep_supervision, grn, checkpointing)
+def mednext_tiny(in_channels: int = 4, out_channels: int = 3, **options: Any) -> MedNeXt:
+    """For tests and demonstrations: eight filters, one block a stage, expansion 2. Options as of `MedNeXt`."""
+    return MedNeXt(in_channels, out_channels, 8, (2,) * 9, (1,) * 9, **options)
 
 
-def mednext_light(
-    in_channels: int = 4,
-    out_channels: int = 3,
-    kernel_size: int = 3,
-    deep_supervision: bool = True,
-    grn: bool = True,
-    checkpointing: bool = False,
-) -> MedNeXt:
-    """For two CPU cores: as narrow as tiny, deeper and wider only where voxels are few. Arguments as in `MedNeXt`."""
-    shape = (8, (2, 2, 3, 4, 4, 4, 3, 2, 2), (1, 1, 2, 2, 2, 2, 2, 1, 1))
-    return MedNeXt(in_channels, out_channels, *shape, kernel_size, deep_supervision, grn, checkpointing)
+def mednext_light(in_channels: int = 4, out_channels: int = 3, **options: Any) -> MedNeXt:
+    """For two CPU cores: as narrow as tiny, deeper and wider only where voxels are few. Options as of `MedNeXt`."""
+    return MedNeXt(in_channels, out_channels, 8, (2, 2, 3, 4, 4, 4, 3, 2, 2), (1, 1, 2, 2, 2, 2, 2, 1, 1), **options)
 
 
 MIC_DKFZ_NAMES = {
@@ -464,17 +416,15 @@ def from_mic_dkfz(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     missing = [part for part in MIC_DKFZ_NAMES if part not in present]
     if missing and missing != ["out_1", "out_2", "out_3", "out_4"]:
         raise ValueError(f"incomplete MIC-DKFZ MedNeXt state dict: no keys for {_shown(missing)}")
-    target = {_translate(name): tensor for name, tensor in source.items()}
+    target = {}
+    for name, tensor in source.items():
+        part, _, rest = name.partition(".")
+        target[f"{MIC_DKFZ_NAMES[part]}.{rest.replace('grn_', 'global_resp_')}"] = tensor
     if any(name.endswith("global_resp_gamma") for name in target):
         absent = target["down_blocks.0.conv2.bias"].new_zeros(1, len(target["down_blocks.0.conv2.bias"]), 1, 1, 1)
         target.setdefault("down_blocks.0.global_resp_beta", absent)
         target.setdefault("down_blocks.0.global_resp_gamma", absent.clone())
     return target
-
-
-def _translate(name: str) -> str:
-    part, _, rest = name.partition(".")
-    return f"{MIC_DKFZ_NAMES[part]}.{rest.replace('grn_', 'global_resp_')}"
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -65,7 +65,7 @@ class Runtime:
         self.cache_dir = user_cache() if cache_dir is True else cache_dir or None
         self.served: tuple[nn.Module, nn.Module] | None = None
         self.network, self.label = network, "torch"
-        if runtime != "torch" and self._fits(network) and self._is_possible(self.device):
+        if runtime != "torch" and self._fits(network) and self._is_possible():
             self.network, self.label = self._executed(network), f"openvino {precision}"
 
     def __call__(self, network: nn.Module) -> nn.Module:
@@ -77,7 +77,7 @@ class Runtime:
         if self.choice == "torch" or network is self.network or not isinstance(network, nn.Module):
             return network
         if self.served is None or network not in self.served:
-            possible = mednexts(network) and self._is_possible(self.device)
+            possible = mednexts(network) and self._is_possible()
             self.served = network, self._executed(network) if possible else network
         return self.served[1]
 
@@ -97,10 +97,10 @@ class Runtime:
         sizes = [sum(parameter.numel() for parameter in backbone.parameters()) for backbone in backbones]
         return self.required or any(size >= WORTH_COMPILING for size in sizes)
 
-    def _is_possible(self, device: torch.device) -> bool:
-        if device.type != "cpu":
+    def _is_possible(self) -> bool:
+        if self.device.type != "cpu":
             if self.required:
-                raise UserError(f"runtime openvino runs on the CPU, not on {device}: use --device cpu")
+                raise UserError(f"runtime openvino runs on the CPU, not on {self.device}: use --device cpu")
             return False
         try:
             if importlib.util.find_spec("openvino") is None:
@@ -118,7 +118,7 @@ class Runtime:
             from .openvino import OpenVINOMedNeXt
 
             return OpenVINOMedNeXt(module, program, fall_back=not self.required).train(module.training)
-        if not any(isinstance(child, MedNeXt) for child in module.modules()):
+        if not mednexts(module):
             return module
         twin = copy.copy(module)  # shares all parameters and buffers
         twin._modules = {
