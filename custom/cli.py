@@ -367,7 +367,7 @@ def demo(data: str | None = None, output_dir: str = "runs/demo", seed: int = 0, 
     folders = [_path(data)] if data else write_phantoms(run / "phantoms", num_subjects, seed)
     code: Any = 0
     try:
-        segment(*map(str, folders), output_dir=str(run / "segmented"))
+        segment(*map(str, folders), output_dir=str(run / "segmented"), **{"cohort#show_masks": True})
     except SystemExit as leave:  # some failed: the report tells of the others
         code = leave.code
     page, table = write_demo_report(run, folders, "" if data else PHANTOM_REMARK)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from .cohort import REGIONS, Subject, SubjectError, find_subjects
 from .cohort.checks import GRID_TOLERANCE
 from .cohort.volumes import read_volume
-from .phantom import write_absent
+from .phantom import cohort_seeds, write_absent
 
 GEOMETRY: dict[str, Any] = {"shape": (128, 154, 128), "spacing": (1.25, 1.25, 1.25)}
 """A whole head; at 1 mm it takes twice as long to make."""
@@ -32,9 +32,7 @@ def write_phantoms(folder: Path, num_subjects: int, seed: int = 0, **geometry: A
     Returns:
         The subjects' folders.
     """
-    numbers = range(1, num_subjects + 1)
-    seeds = {f"phantom_{seed}_{n}": int(np.random.SeedSequence([seed, n]).generate_state(1)[0]) for n in numbers}
-    return write_absent(folder, seeds, **GEOMETRY | geometry)
+    return write_absent(folder, cohort_seeds(num_subjects, seed, names=f"phantom_{seed}_{{}}"), **GEOMETRY | geometry)
 
 
 def write_demo_report(run: Path, folders: Sequence[Path], remark: str = "") -> tuple[Path, str]:
@@ -70,7 +68,6 @@ def write_demo_report(run: Path, folders: Sequence[Path], remark: str = "") -> t
         try:
             if subject.label is not None:
                 scores.append({"subject": subject.name} | score(subject, results, weights))
-                pictures[subject.name] = draw_beside_truth(subject, results, run, done[subject.name])
         except SubjectError as error:
             remarks.append(f"Not scored: {error}")
     page = run / "report.html"
@@ -111,32 +108,6 @@ def score(subject: Subject, results: Path, weights: Any) -> dict[str, float]:
     )
     pairs = zip(REGIONS, found, reference, strict=True)
     return {region: overlap_scores(ours, theirs)["dice"] for region, ours, theirs in pairs}
-
-
-def draw_beside_truth(subject: Subject, results: Path, run: Path, row: Mapping[str, str]) -> Path:
-    """Draw the label map with the mask dashed into `run`/pictures; return the picture's path.
-
-    Args:
-        subject: with a mask.
-        results: folder with its label map.
-        run: folder of the demo.
-        row: the subject's line of volumes.csv.
-    """
-    from .report import write_qc_picture
-
-    path = run / "pictures" / f"{subject.name}.png"
-    write_qc_picture(
-        path,
-        subject.images,
-        results / f"{subject.name}_seg.nii.gz",
-        reference_path=subject.label,
-        reference_palette=subject.palette,
-        title=subject.name,
-        subtitle=row["missing"] and f"without {row['missing']}",
-        weights_note=row["weights"],
-        warning=row["warnings"],
-    )
-    return path
 
 
 def text_table(rows: Sequence[dict[str, str]], scores: Sequence[dict[str, Any]]) -> str:

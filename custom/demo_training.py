@@ -9,7 +9,7 @@ from typing import Any
 from .crossval.inputs import Overlays, prepare_subjects
 from .crossval.plan import Job, make_plan
 from .crossval.runner import run_plan
-from .phantom import write_cohort
+from .phantom import cohort_seeds, write_absent
 from .report import read_scores, write_scores_report
 
 PHANTOM_NOTE = "DEMO WEIGHTS: trained on synthetic phantoms only, meaningless on patients"
@@ -37,8 +37,8 @@ def run_demo(run: Path, seed: int = 0, num_subjects: int = 10, num_held_out: int
     Returns:
         The report of the steps.
     """
-    _write_once(run / "subjects", num_subjects, seed=seed)
-    _write_once(run / "held_out", num_held_out, seed=seed + 1, first_id=9001)
+    write_absent(run / "subjects", cohort_seeds(num_subjects, seed), **GEOMETRY)
+    write_absent(run / "held_out", cohort_seeds(num_held_out, seed + 1, first_id=9001), **GEOMETRY)
     subjects = prepare_subjects(run / "subjects", run, seed=seed)
     plan = make_plan(run, subjects, overlays=["demo.json"], seed=seed, notes=PHANTOM_NOTE)
     parts = Overlays(["demo.json"], run).values("comnet_corrdiff", "train.json")
@@ -52,12 +52,6 @@ def run_demo(run: Path, seed: int = 0, num_subjects: int = 10, num_held_out: int
     title = "CoMNeT: from one backbone to the whole"
     write_scores_report(page, scores, pictures, title, "Held-out phantoms", PHANTOM_NOTE)
     return page
-
-
-def _write_once(folder: Path, count: int, **options: Any) -> None:
-    """Write phantoms unless all are there; written anew, they would count as other subjects."""
-    if len(list(folder.glob("*/*.nii.gz"))) < 5 * count:
-        write_cohort(folder, count, progress=True, **GEOMETRY, **options)
 
 
 def _score_step(run: Path, number: int, name: str, networks: dict[str, Any]) -> Job:

@@ -17,6 +17,8 @@ from .subject import Exclusion
 logger = logging.getLogger("comnet")
 
 Item = dict[str, Any]
+OF_USE_ONLY = ("rebuild", "show_masks")
+"""Fields of a `Cohort` that do not change the datalist."""
 
 
 @dataclass(eq=False)
@@ -40,6 +42,7 @@ class Cohort:
         num_workers: threads that check subjects.
         progress: show a bar while subjects are checked.
         rebuild: build the datalist even where there is one, which is replaced once the new one is ready.
+        show_masks: whether `inputs` say where a subject's mask is, to be drawn beside the result.
 
     Attributes:
         exclusions: what the last check left out.
@@ -56,6 +59,7 @@ class Cohort:
     num_workers: int | None = None
     progress: bool = True
     rebuild: bool = False
+    show_masks: bool = False
     exclusions: list[Exclusion] = field(default_factory=list, init=False)
 
     def training(self, fold: int | str | None = None) -> list[Item]:
@@ -84,7 +88,7 @@ class Cohort:
         return copy.deepcopy(self._datalist["training"])
 
     def inputs(self) -> list[Item]:
-        """Items to infer on, found by name alone: "subject" and "image". Masks are not looked at.
+        """Items to infer on, found by name alone: "subject" and "image", with `show_masks` also "truth" and "palette".
 
         "image" is four absolute paths in order of `MODALITIES`; that of an absent modality is empty. Nothing is opened:
         each subject is checked as it is loaded, see `custom.transforms.LoadSubjectd`. Folders whose files tell neither
@@ -102,12 +106,18 @@ class Cohort:
         logger.info("%s: %d subjects to infer on, %d excluded", self.dataset_dir, len(subjects), len(self.exclusions))
         for exclusion in self.exclusions:
             logger.warning("excluded: %s", exclusion)
-        return [{"subject": subject.name, "image": list(subject.images)} for subject in subjects]
+        return [
+            {"subject": subject.name, "image": list(subject.images)}
+            | ({"truth": subject.label, "palette": subject.palette} if self.show_masks and subject.label else {})
+            for subject in subjects
+        ]
 
     @cached_property
     def _datalist(self) -> dict[str, Any]:
         if self.datalist_file is None or self.rebuild or not os.path.exists(self.datalist_file):
-            settings = {one.name: getattr(self, one.name) for one in fields(self) if one.init and one.name != "rebuild"}
+            settings = {
+                one.name: getattr(self, one.name) for one in fields(self) if one.init and one.name not in OF_USE_ONLY
+            }
             datalist, self.exclusions = build_datalist(**settings)
             if self.datalist_file is None:
                 return with_absolute_paths(datalist, self.dataset_dir)

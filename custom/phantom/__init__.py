@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .dataset import simulate, training_phantoms, write_absent, write_cohort, write_phantom
+from .dataset import cohort_seeds, simulate, training_phantoms, write_absent, write_phantom
 
-__all__ = ["simulate", "training_phantoms", "write_absent", "write_cohort", "write_phantom"]
+__all__ = ["cohort_seeds", "simulate", "training_phantoms", "write_absent", "write_phantom"]

@@ -76,66 +76,25 @@ def write_phantom(
     return folder
 
 
-def write_cohort(
-    root: str | os.PathLike[str],
-    num_subjects: int,
-    seed: int = 0,
-    shape: Sequence[int] = SHAPE,
-    spacing: Sequence[float] = SPACING,
-    orientation: str = "LPS",
-    share_without_et: float = 0.25,
-    share_manual: float = 0.0,
-    first_id: int = 1,
-    progress: bool = False,
-) -> list[Path]:
-    """Writes subjects BT0001, BT0002, … with `write_phantom`.
+def cohort_seeds(num_subjects: int, seed: int = 0, first_id: int = 1, names: str = "BT{:04d}") -> dict[str, int]:
+    """Seeds of subjects by their names, for `write_absent`.
 
     A subject depends on `seed` and on its own number only: a larger cohort begins with the smaller one.
 
     Args:
-        root: dataset folder; made if absent.
-        num_subjects: how many to write.
-        seed: seed of the cohort.
-        shape: voxels along the stored axes.
-        spacing: voxel size in mm along the stored axes.
-        orientation: nibabel axcodes of the stored axes.
-        share_without_et: share in [0, 1] of subjects with no enhancing tumour, spread evenly over the numbers.
-        share_manual: share in [0, 1] of subjects with a manually corrected mask, likewise.
+        num_subjects: how many.
+        seed: of the cohort.
         first_id: number of the first subject.
-        progress: show a progress bar.
-
-    Returns:
-        The subjects' folders.
-
-    Raises:
-        ValueError: a share is outside [0, 1].
+        names: what is made of a number; by default BT0001, BT0002, …
     """
-    if not (0 <= share_without_et <= 1 and 0 <= share_manual <= 1):
-        raise UserError(f"shares must lie in [0, 1], got {share_without_et} without ET and {share_manual} manual")
-    numbers: Sequence[int] = range(first_id, first_id + num_subjects)
-    if progress:
-        from tqdm import tqdm
-
-        numbers = tqdm(numbers, desc="phantoms", unit="subject")
-    return [
-        write_phantom(
-            root,
-            f"BT{number:04d}",
-            shape,
-            spacing,
-            orientation,
-            seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]),
-            enhancing=not _is_drawn(number, share_without_et),
-            manual=_is_drawn(number + 1, share_manual),
-        )
-        for number in numbers
-    ]
+    numbers = range(first_id, first_id + num_subjects)
+    return {names.format(n): int(np.random.SeedSequence([seed, n]).generate_state(1)[0]) for n in numbers}
 
 
 def write_absent(
     root: str | os.PathLike[str], seeds: Mapping[str, int], shape: Sequence[int], spacing: Sequence[float]
 ) -> list[Path]:
-    """Writes those phantoms that are not there yet, two at a time, behind a progress bar.
+    """Writes those phantoms that are not there yet with `write_phantom`, two at a time, behind a progress bar.
 
     Args:
         root: dataset folder; made if absent.
@@ -153,7 +112,7 @@ def write_absent(
 
     def write(i: int) -> None:
         name = folders[i].name
-        write_phantom(root, name, shape, spacing, seed=seeds[name], enhancing=not _is_drawn(i + 1, 0.25))
+        write_phantom(root, name, shape, spacing, seed=seeds[name], enhancing=i % 4 != 3)
 
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:  # NumPy and SciPy let go of the interpreter lock
         list(tqdm(pool.map(write, absent), "phantoms", len(absent), unit="subject", disable=not absent))
@@ -182,10 +141,6 @@ def training_phantoms(
         return []
     write_absent(root, {f"phantom_{n:04d}": seed + n for n in range(1, num_subjects + 1)}, shape, spacing)
     return Cohort(os.fspath(root), num_folds=min(5, num_subjects)).subjects()
-
-
-def _is_drawn(number: int, share: float) -> bool:
-    return int(number * share) > int((number - 1) * share)
 
 
 def _axes_from_ras(orientation: str) -> np.ndarray:

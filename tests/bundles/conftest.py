@@ -13,7 +13,7 @@ import torch
 from bundle_runs import GEOMETRY, TINY
 
 from custom.mednext import mednext_tiny
-from custom.phantom import write_cohort
+from custom.phantom import cohort_seeds, write_absent
 from custom.weights import NUM_FOLDS, fold_checkpoint, save_atomically
 
 
@@ -40,7 +40,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of six small labelled subjects in UTSW layout, some without ET."""
     folder = tmp_path_factory.mktemp("phantoms")
-    write_cohort(folder, 6, seed=3, **GEOMETRY)
+    write_absent(folder, cohort_seeds(6, 3), **GEOMETRY)
     return folder
 
 

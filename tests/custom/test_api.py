@@ -16,7 +16,7 @@ from custom.comnet import CoMNeT
 from custom.corrdiff import corrdiff_tiny
 from custom.files import UserError
 from custom.mednext import mednext_tiny
-from custom.phantom import write_cohort
+from custom.phantom import cohort_seeds, write_absent
 from custom.weights import CheckpointError, save_atomically
 
 SPACING = [5.0, 5.0, 5.0]
@@ -26,7 +26,7 @@ FILES = {"t1n": "t1", "t1c": "t1ce", "t2w": "t2", "flair": "flair"}
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dataset")
-    write_cohort(folder, 1, seed=1, shape=(32, 36, 32), spacing=SPACING)
+    write_absent(folder, cohort_seeds(1, 1), shape=(32, 36, 32), spacing=SPACING)
     return {key: folder / "BT0001" / f"brain_{name}.nii.gz" for key, name in FILES.items()}
 
 

@@ -383,7 +383,7 @@ def test_a_record_that_cannot_be_written_fails_its_subject_alone(make, items, mo
     book = make()
     book.begin(items)
     with monkeypatch.context() as patch:
-        patch.setattr("custom.batch.records.write_text", Mock(side_effect=FileError(28, "No space left on device")))
+        patch.setattr("custom.batch.write_text", Mock(side_effect=FileError(28, "No space left on device")))
         finish(book, "a")
     finish(book, "b")
     with pytest.raises(SystemExit) as leave:

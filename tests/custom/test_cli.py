@@ -14,7 +14,7 @@ import torch
 from custom import cli
 from custom import weights as module
 from custom.mednext import mednext_tiny
-from custom.phantom import write_cohort
+from custom.phantom import cohort_seeds, write_absent
 from custom.release import release_weights
 from custom.weights import NUM_FOLDS, fold_checkpoint, save_atomically
 
@@ -24,7 +24,7 @@ SPACING = [5.0, 5.0, 5.0]
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dataset")
-    write_cohort(folder, 5, seed=1, shape=(32, 36, 32), spacing=SPACING)
+    write_absent(folder, cohort_seeds(5, 1), shape=(32, 36, 32), spacing=SPACING)
     return folder
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from custom import cli
-from custom.phantom import write_cohort
+from custom.phantom import cohort_seeds, write_absent
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
-    write_cohort(folder, 4, seed=1, shape=(16, 16, 16), spacing=(10.0, 10.0, 10.0))
+    write_absent(folder, cohort_seeds(4, 1), shape=(16, 16, 16), spacing=(10.0, 10.0, 10.0))
     return folder
 
 

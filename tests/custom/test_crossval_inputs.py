@@ -20,14 +20,14 @@ from custom.crossval import inputs
 from custom.crossval.inputs import RUNS, Overlays, Subjects, code_digest, config_contents, prepare_subjects
 from custom.crossval.plan import make_plan
 from custom.files import UserError
-from custom.phantom import write_cohort
+from custom.phantom import cohort_seeds, write_absent
 
 
 class TestSubjects:
     @pytest.fixture(scope="class")
     def dataset(self, tmp_path_factory) -> Path:
         folder = tmp_path_factory.mktemp("home") / "data"
-        write_cohort(folder, 4, seed=1, shape=(16, 16, 16), spacing=(10.0, 10.0, 10.0))
+        write_absent(folder, cohort_seeds(4, 1), shape=(16, 16, 16), spacing=(10.0, 10.0, 10.0))
         return folder
 
     @pytest.fixture

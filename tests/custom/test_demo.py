@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
+from unittest.mock import Mock
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+import custom.report
 from custom import cli, demo
 from custom.phantom import dataset
 from custom.weights import Weights
@@ -26,9 +29,13 @@ def comnet_demo(*words, expect=0):
 def shown(tmp_path_factory):
     """Folder of a demo of one small phantom, segmented with the released weights."""
     run = tmp_path_factory.mktemp("demo")
+    drawn = Mock(wraps=custom.report.write_qc_picture)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "GEOMETRY", SMALL)
+        patch.setattr(custom.report, "write_qc_picture", drawn)
         comnet_demo("--output_dir", run, "--num_subjects", 1)
+    (call,) = drawn.call_args_list  # once, with the mask
+    assert Path(call.kwargs["reference_path"]) == run / "phantoms" / "phantom_0_1" / dataset.MASK_FILE
     return run
 
 
@@ -43,7 +50,7 @@ def test_a_fresh_phantom_is_segmented_with_the_released_weights_and_scored(shown
     image = nib.load(shown / "phantoms" / "phantom_0_1" / "brain_t1ce.nii.gz")
     mask = nib.load(shown / "segmented" / "phantom_0_1" / "phantom_0_1_seg.nii.gz")
     assert mask.shape == image.shape and np.array_equal(mask.affine, image.affine)
-    assert (shown / "pictures" / "phantom_0_1.png").is_file()
+    assert (shown / "segmented" / "phantom_0_1" / "phantom_0_1_qc.png").is_file()
     page = (shown / "report.html").read_text()
     assert "Dice" in page and demo.PHANTOM_REMARK in page and "BraTS" in page
     _, table = demo.write_demo_report(shown, [shown / "phantoms"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from custom.phantom import simulate, training_phantoms, write_cohort, write_phantom
+from custom.phantom import cohort_seeds, simulate, training_phantoms, write_absent, write_phantom
 
 SHAPE, SPACING = (64, 76, 60), (2.5, 2.5, 2.5)
 IMAGES = ("brain_t1.nii.gz", "brain_t1ce.nii.gz", "brain_t2.nii.gz", "brain_flair.nii.gz")
@@ -184,11 +184,10 @@ def test_bad_orientation_is_named():
 
 
 def test_cohort_shares_and_names(tmp_path):
-    folders = write_cohort(tmp_path, 4, 1, (24, 28, 24), (7, 7, 7), share_without_et=0.5, share_manual=0.5, first_id=9)
+    folders = write_absent(tmp_path, cohort_seeds(4, 1, first_id=9), (24, 28, 24), (7, 7, 7))
     assert [folder.name for folder in folders] == ["BT0009", "BT0010", "BT0011", "BT0012"]
     without = [not (np.asarray(nib.load(folder / MASK).dataobj) == 4).any() for folder in folders]
-    assert without == [False, True, False, True]
-    assert sum((folder / MANUAL).is_file() for folder in folders) == 2
+    assert without == [False, False, False, True]
     assert not [path for path in tmp_path.rglob(".*")]
 
 
@@ -202,8 +201,8 @@ def test_manual_mask_is_the_truth_and_the_automatic_one_a_draft(tmp_path):
 
 
 def test_larger_cohort_begins_with_the_smaller(tmp_path):
-    small = write_cohort(tmp_path / "small", 1, 3, (24, 28, 24), (7, 7, 7))
-    large = write_cohort(tmp_path / "large", 2, 3, (24, 28, 24), (7, 7, 7))
+    small = write_absent(tmp_path / "small", cohort_seeds(1, 3), (24, 28, 24), (7, 7, 7))
+    large = write_absent(tmp_path / "large", cohort_seeds(2, 3), (24, 28, 24), (7, 7, 7))
     first, same, other = (np.asarray(nib.load(folder / IMAGES[2]).dataobj) for folder in (*small, *large))
     np.testing.assert_array_equal(first, same)
     assert (first != other).any()

@@ -12,7 +12,7 @@ import pytest
 
 from custom.cohort import build_datalist, write_datalist
 from custom.metrics import score_subject
-from custom.phantom import write_cohort
+from custom.phantom import cohort_seeds, write_absent
 from custom.report import region_masks, write_crossval_report
 from custom.report.reports import small_run_line
 
@@ -24,7 +24,7 @@ NOTE = "made-up predictions"
 def finished(tmp_path_factory):
     """A run of three phantoms in three folds; each model's masks are the truth, shifted by so many voxels."""
     root = tmp_path_factory.mktemp("crossval")
-    write_cohort(root / "data", 3, shape=(48, 48, 40), spacing=(4, 4, 4))
+    write_absent(root / "data", cohort_seeds(3), shape=(48, 48, 40), spacing=(4, 4, 4))
     datalist, exclusions = build_datalist(root / "data", num_folds=3)
     write_datalist(datalist, exclusions, root / "RUN" / "datalist.json", root / "data")
     for key, (model, shift) in MODELS.items():

@@ -1,15 +1,17 @@
-"""A batch of subjects, from the list of who is to be done to the exit code."""
+"""A batch of subjects: who is to be done, what came of each, and what is kept on disk: tables, pictures, exit code."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,137 @@ import ignite.distributed as idist
 import numpy as np
 from ignite.engine import Engine, Events
 
-from .. import __version__
-from ..files import write_table
-from ..inference import SUBJECT_KEY, told_warnings, volumes_ml
-from ..transforms import label_map_to_regions
-from ..weights import CheckpointError, Weights
-from .records import Item, Record, Records, input_files, stamps
+from . import __version__
+from .files import UserError, lock_folder, write_table, write_text
+from .inference import SUBJECT_KEY, told_warnings, volumes_ml
+from .inference.writer import is_ours
+from .transforms import label_map_to_regions
+from .weights import CheckpointError, Weights
 
 logger = logging.getLogger("comnet")
 
 EXIT_SOME_FAILED = 3
 EXIT_NONE_SEGMENTED = 4
 VOLUME_COLUMNS = ("subject", "et_ml", "tc_ml", "wt_ml", "missing", "status", "seconds", "warnings", "weights")
+RECORD_NAME = "record.json"
+IMAGES = ("seg.nii.gz", "prob.nii.gz", "uncertainty.nii.gz")
+MARK = "weights.txt"
+TABLES = ("volumes.csv", "scores.csv", "summary.csv", "report.html", "scores.html")
+Item = Mapping[str, Any]
+Record = dict[str, Any]
+
+
+class Records:
+    """The output folder of a batch.
+
+    For each subject it holds ``<subject>/<subject>_seg.nii.gz``, a QC picture and ``record.json``, which is written
+    last: a subject counts as done only when everything of it is there. ``weights.txt`` marks the folder as a batch's.
+
+    Args:
+        output_dir: folder of all outputs; made if absent.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike[str]) -> None:
+        self.output_dir = Path(output_dir)
+
+    def claim(self, note: str) -> None:
+        """Make the folder and mark it as a batch's, with what the weights say; keep other processes out of it.
+
+        Raises:
+            UserError: tables of someone else are there, or another process is writing here.
+            FileError: the folder cannot be made or written.
+        """
+        if not self._is_marked():
+            foreign = next((name for name in (MARK, *TABLES) if (self.output_dir / name).exists()), None)
+            if foreign:
+                raise UserError(f"{self.output_dir / foreign} is not CoMNeT's: choose another output_dir")
+        write_text(self.output_dir / MARK, note)
+        lock_folder(self.output_dir)
+
+    def protect(self, items: Iterable[Item]) -> None:
+        """Make sure that no result falls onto what is not this batch's: before any subject is computed.
+
+        Raises:
+            UserError: a result would lie among the images, replace a file that is not ours, or a result of other files.
+        """
+        for item in items:
+            name = str(item["subject"])
+            if name in ("", ".", "..") or name != os.path.basename(name):
+                raise UserError(f"{name!r} cannot be the name of a subject: it names no folder of its own")
+            own, folders = self.path(name), {Path(os.path.abspath(path)).parent for path in input_files(item) if path}
+            if own.exists() and any(folder.exists() and folder.samefile(own) for folder in folders):
+                raise UserError(f"{name}: results would lie among its images: choose another output_dir")
+            for kind in IMAGES:
+                path = self.path(name, f"{name}_{kind}")
+                if os.path.lexists(path) and not is_ours(path):
+                    raise UserError(f"{path} is not CoMNeT's and would be replaced: choose another output_dir")
+            earlier = (self.read(name) or {}).get("files")
+            if earlier and _other_subject(earlier, stamps(item)):
+                raise UserError(
+                    f"{self.path(name)} holds the results of another {name}, from {earlier[0][0]}: give this subject "
+                    "another name (--name), or choose another output_dir"
+                )
+
+    def path(self, subject: str, name: str = "") -> Path:
+        """Path of a subject's file, or of its folder."""
+        return self.output_dir / subject / name
+
+    def read(self, subject: str) -> Record | None:
+        """Return a subject's record, ``None`` unless it is there whole, and its mask with it."""
+        try:
+            record = json.loads(self.path(subject, RECORD_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return record if isinstance(record, dict) and self.path(subject, f"{subject}_seg.nii.gz").is_file() else None
+
+    def write(self, record: Record) -> None:
+        """Write a subject's record, whole or not at all."""
+        write_text(self.path(record["subject"], RECORD_NAME), json.dumps(record, indent=2))
+
+    def others(self, subjects: Iterable[str]) -> list[Record]:
+        """Records that earlier runs have left of subjects other than these."""
+        names = {path.parent.name for path in self.output_dir.glob(f"*/{RECORD_NAME}")} - set(subjects)
+        return [record for name in sorted(names) if (record := self.read(name)) is not None and "subject" in record]
+
+    def forget(self, subject: str) -> None:
+        """Delete what there is of a subject: nothing of an earlier run may be taken for a result of this one."""
+        names = [name for name in (f"{subject}_{kind}" for kind in IMAGES) if is_ours(self.path(subject, name))]
+        if self._is_marked() or self.read(subject):
+            names += [RECORD_NAME, f"{subject}_qc.png"]
+        for name in names:
+            self.path(subject, name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds something else
+            self.path(subject).rmdir()
+
+    def _is_marked(self) -> bool:
+        try:
+            return "\nsha256 " in (self.output_dir / MARK).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return False
+
+
+def input_files(item: Item) -> list[str]:
+    """Paths of a subject's images, empty for an absent modality, and of the mask by which it is scored or shown."""
+    images = [item["image"]] if isinstance(item["image"], str) else list(item["image"])
+    return [*images, *(item[key] for key in ("label", "truth") if item.get(key))]
+
+
+def stamps(item: Item) -> list[list[Any]]:
+    """Path, size and time of each of a subject's files; a file that is not there has neither."""
+    found: list[list[Any]] = []
+    for path in input_files(item):
+        stat = os.stat(path) if os.path.exists(path) else None
+        found.append([path and os.path.abspath(path), stat and stat.st_size, stat and stat.st_mtime_ns])
+    return found
+
+
+def _other_subject(earlier: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]]) -> bool:
+    """Whether files differ in path and in content, as far as size and time tell; moved files are the same subject.
+
+    A modality that is absent before or now says nothing.
+    """
+    pairs = [(one, other) for one, other in zip(earlier, now, strict=False) if one[0] and other[0]]
+    return all(one[0] != other[0] and list(one[1:]) != list(other[1:]) for one, other in pairs)
 
 
 class Batch:
@@ -120,7 +241,8 @@ class Batch:
         MONAI's DistributedSampler refuses fewer subjects than processes, as when a stopped run goes on.
 
         Args:
-            items: dicts with ``subject``, ``image`` (paths in modality order) and, to be scored, ``label``.
+            items: dicts with ``subject``, ``image`` (paths in modality order) and, to be scored, ``label``, or, to be
+                drawn beside the result only, ``truth``.
 
         Raises:
             UserError: a result would fall onto something that is not this batch's: see `Records.protect`.
@@ -178,7 +300,7 @@ class Batch:
         record |= {"key": self._key(name), "files": stamps(self.items[name]), "volumes_ml": volumes}
         record["missing"] = output["image"].meta["missing"] if "image" in output else ""
         if output.get("label") is not None:
-            from ..metrics import PAPER, calibration_columns, score_subject
+            from .metrics import PAPER, calibration_columns, score_subject
 
             scores = score_subject(label_map_to_regions(label_map.cpu(), palette), output["label"].cpu(), spacing)
             scores |= calibration_columns(output)
@@ -222,18 +344,18 @@ class Batch:
         except FileNotFoundError:  # all is read-only but the output: Matplotlib wants a folder for its list of fonts
             self._fonts = self._fonts or tempfile.TemporaryDirectory(dir=self.output_dir, prefix=".matplotlib-")
             os.environ.setdefault("MPLCONFIGDIR", self._fonts.name)
-        from ..report import write_qc_picture
+        from .report import write_qc_picture
 
         item = self.items[name]
         write_qc_picture(
             self.folder.path(name, f"{name}_qc.png"),
-            input_files({**item, "label": None}),
+            input_files({"image": item["image"]}),
             self.folder.path(name, f"{name}_seg.nii.gz"),
             title=name,
             subtitle=missing and f"without {missing}",
             weights_note=self.weights.note,
             palette=self.settings["output_palette"],
-            reference_path=item.get("label"),
+            reference_path=item.get("label") or item.get("truth"),
             reference_palette=item.get("palette", "brats2021"),
             warning="; ".join(warnings),
         )
@@ -275,19 +397,19 @@ class Batch:
         pictures = {name: self.folder.path(name, f"{name}_qc.png") for name in sorted(self.records)}
         pictures = {name: path for name, path in pictures.items() if path.is_file()}
         if self.pictures:
-            from ..report import write_segment_report
+            from .report import write_segment_report
 
             settings = self.settings | {"weights": str(self.weights.path), "weights_note": self.weights.note}
             write_segment_report(self.output_dir / "report.html", rows + others, failures, pictures, settings)
         if scores := [record["scores"] for record in records if "scores" in record]:
-            from ..metrics import summarise
+            from .metrics import summarise
 
             columns = list(dict.fromkeys(key for row in scores for key in row))
             write_table(self.output_dir / "scores.csv", columns, scores)
             summary = [{"score": name, **figures} for name, figures in summarise(scores).items() if name != "fold"]
             write_table(self.output_dir / "summary.csv", list(summary[0]), summary)
             if self.pictures:
-                from ..report import write_scores_report
+                from .report import write_scores_report
 
                 page = self.output_dir / "scores.html"
                 write_scores_report(page, scores, pictures, weights_note=self.weights.note, settings=self.settings)
@@ -297,13 +419,10 @@ class Batch:
             logger.error("not segmented: %s: %s %s", failure["subject"], failure["file"], failure["reason"])
 
     def _failures(self) -> list[dict[str, str]]:
-        excluded = [
-            {"subject": one.subject, "file": str(one.file or ""), "reason": one.reason, "remedy": one.remedy}
-            for one in getattr(self.cohort, "exclusions", ())
-        ]
+        excluded = [asdict(one) for one in getattr(self.cohort, "exclusions", ())]
         failed = [record for record in self.records.values() if record["status"] == "failed"]
         return excluded + [
-            {"subject": record["subject"], "file": "", "reason": record["reason"], "remedy": ""} for record in failed
+            {key: one[key] for key in ("subject", "reason")} | {"file": "", "remedy": ""} for one in failed
         ]
 
     def _key(self, name: str) -> str:
