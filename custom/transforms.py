@@ -11,22 +11,35 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.data.meta_tensor import get_track_meta
-from monai.transforms import MapTransform, RandomizableTransform, Spacing, SpatialResample, Transform
+from monai.transforms import (
+    CropForegroundd,
+    MapTransform,
+    RandomizableTransform,
+    Spacing,
+    SpatialResample,
+    Transform,
+)
 from monai.transforms.inverse import InvertibleTransform
-from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys, TraceKeys, ensure_tuple
+from monai.utils import (
+    ImageMetaKey,
+    MetaKeys,
+    SpaceKeys,
+    TraceKeys,
+    convert_to_dst_type,
+    convert_to_tensor,
+    ensure_tuple,
+)
 
 from .cohort import REGION_TISSUES, REGIONS, SubjectError, named_modalities, palette_values, read_scan
 
 logger = logging.getLogger("comnet")
 DEFAULT_PALETTE = "brats2021"
+SAME_SPACING = 1e-2
+"""Spacings that differ by a smaller share are the same."""
 
 
 def nonzero_voxels(image: torch.Tensor) -> torch.Tensor:
-    """Mark the voxels that are not background; given to MONAI's ``CropForegroundd`` as ``select_fn``.
-
-    MONAI's own choice is ``> 0``, which cuts brain away from images that were normalised beforehand.
-    """
+    """Mark the voxels that are not background; MONAI's own choice, ``> 0``, loses brain of images in z-scores."""
     return image != 0
 
 
@@ -52,30 +65,16 @@ def label_map_to_regions(label_map: torch.Tensor, palette: str = DEFAULT_PALETTE
 
 
 class LabelMapToRegionsd(MapTransform):
-    """Dictionary version of :func:`label_map_to_regions`; the palette comes with each subject of the datalist.
+    """Dictionary version of :func:`label_map_to_regions`; each subject of the datalist names its "palette".
 
     Args:
         keys: label maps, each ``[1, *spatial]``; they become ``[3, *spatial]`` uint8.
-        palette_key: item of the subject that names its palette.
-        default_palette: used where a subject names none.
-        allow_missing_keys: pass over absent keys.
     """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        palette_key: str = "palette",
-        default_palette: str = DEFAULT_PALETTE,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.palette_key = palette_key
-        self.default_palette = default_palette
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Convert every label map of ``data``."""
         subject = dict(data)
-        palette = subject.get(self.palette_key) or self.default_palette
+        palette = subject.get("palette") or DEFAULT_PALETTE
         for key in self.key_iterator(subject):
             subject[key] = label_map_to_regions(subject[key], palette)
         return subject
@@ -88,14 +87,14 @@ class LoadSubjectd(MapTransform):
     file is read once, see `custom.cohort.read_scan`. An absent modality is a channel of zeros, which it stays in
     resampling and normalisation: what `RandDropModalitiesd` makes of one in training.
 
+    Beside the image it leaves ``subject``, the subject's name, by default that of the file; ``brain``, a mask of the
+    voxels that are nonzero in any modality, on the input's own grid, ``[1, x, y, z]`` uint8; and ``warnings``, what is
+    odd about the images, a list of sentences.
+
     Args:
         keys: one item: a list of four files in the order of `MODALITIES`, with an empty name for an absent one, or one
             file with four channels. It becomes ``[4, x, y, z]`` float32 with the metadata that `LoadImaged` gives,
             ``meta["subject"]`` and ``meta["missing"]``, the absent modalities by name, such as ``"T1n, T2w"``.
-        subject_key: item that holds the subject's name; where it is absent the file's own name serves.
-        brain_key: item that receives the brain's mask on the input's own grid, ``[1, x, y, z]`` uint8: voxels that are
-            nonzero in any modality.
-        warnings_key: item that receives what is odd about the images, a list of sentences.
         allow_missing: take subjects that lack modalities, with a warning; T1c or T2-FLAIR must be there.
         missing_dice: what that costs, see :attr:`custom.weights.Weights.missing_dice`.
 
@@ -106,22 +105,18 @@ class LoadSubjectd(MapTransform):
     def __init__(
         self,
         keys: KeysCollection,
-        subject_key: str = "subject",
-        brain_key: str = "brain",
-        warnings_key: str = "warnings",
         allow_missing: bool = False,
         missing_dice: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         super().__init__(keys)
         (self.key,) = self.keys
-        self.subject_key, self.brain_key, self.warnings_key = subject_key, brain_key, warnings_key
         self._allow_missing, self._missing_dice = allow_missing, missing_dice
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return ``data`` with the image loaded, and name, brain and warnings beside it."""
         files = [os.fspath(file) for file in ensure_tuple(data[self.key])]
         first = next(filter(None, files), "")
-        name = str(data.get(self.subject_key) or subject_name({"filename_or_obj": first}))
+        name = str(data.get("subject") or subject_name({"filename_or_obj": first}))
         scan = read_scan(name, first if len(files) == 1 else files)
         warnings = [*self._told_missing(name, first, scan.missing), *scan.warnings]
         voxels = torch.from_numpy(np.stack(scan.images, dtype=np.float32, casting="unsafe"))
@@ -137,9 +132,9 @@ class LoadSubjectd(MapTransform):
         }
         return dict(data) | {
             self.key: MetaTensor(voxels, meta=meta),
-            self.subject_key: name,
-            self.brain_key: torch.from_numpy(scan.brain[None].astype(np.uint8, order="C")),
-            self.warnings_key: warnings,
+            "subject": name,
+            "brain": torch.from_numpy(scan.brain[None].astype(np.uint8, order="C")),
+            "warnings": warnings,
         }
 
     def _told_missing(self, name: str, file: str, missing: Sequence[str]) -> list[str]:
@@ -162,24 +157,16 @@ class LoadSubjectd(MapTransform):
         return [f"without {names}: {told}"]
 
 
-class MaskToBraind(MapTransform):
-    """Set probabilities outside the brain to zero; the truth of the 11 BraTS subjects we measured has no voxel there.
+class CropToBraind(CropForegroundd):
+    """MONAI's crop, to the box of voxels that are nonzero in any channel; where it lies is kept by the image alone.
 
     Args:
-        keys: probabilities on the input's own grid, ``[3, *spatial]``.
-        brain_key: mask from :class:`LoadSubjectd`, on the same grid.
+        keys: one image ``[C, *spatial]``.
     """
 
-    def __init__(self, keys: KeysCollection, brain_key: str = "brain") -> None:
-        super().__init__(keys)
-        self.brain_key = brain_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return ``data`` with the keys masked."""
-        subject = dict(data)
-        for key in self.key_iterator(subject):
-            subject[key] = subject[key] * subject[self.brain_key].to(subject[key].device)
-        return subject
+    def __init__(self, keys: KeysCollection) -> None:
+        (key,) = ensure_tuple(keys)
+        super().__init__(key, key, nonzero_voxels, start_coord_key=None, end_coord_key=None)
 
 
 class ResampleToSpacingd(MapTransform, InvertibleTransform):
@@ -189,25 +176,20 @@ class ResampleToSpacingd(MapTransform, InvertibleTransform):
     ``image_path``, and it resamples for spacings that differ by rounding only.
 
     Args:
-        keys: images, channel first, with affines.
+        keys: images, channel first, with affines; interpolated linearly.
         pixdim: target spacing in mm.
-        mode: interpolation, ``"bilinear"`` (in 3D: trilinear) or ``"nearest"``.
-        tolerance: relative difference of spacings that counts as none.
     """
 
-    def __init__(
-        self, keys: KeysCollection, pixdim: Sequence[float], mode: str = "bilinear", tolerance: float = 1e-2
-    ) -> None:
+    def __init__(self, keys: KeysCollection, pixdim: Sequence[float]) -> None:
         super().__init__(keys)
         self.pixdim = np.asarray(pixdim, dtype=float)
-        self.tolerance = tolerance
-        self.spacing = Spacing(pixdim=list(pixdim), mode=mode, padding_mode="border", dtype=torch.float32)
+        self.spacing = Spacing(pixdim=list(pixdim), mode="bilinear", padding_mode="border", dtype=torch.float32)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Resample every key whose spacing is another one."""
         subject = dict(data)
         for key in self.key_iterator(subject):
-            if not np.allclose(np.asarray(subject[key].pixdim), self.pixdim, rtol=self.tolerance):
+            if not np.allclose(np.asarray(subject[key].pixdim), self.pixdim, rtol=SAME_SPACING):
                 subject[key] = self.spacing(subject[key])
         return subject
 
@@ -229,21 +211,30 @@ class RandTorchIOd(RandomizableTransform, MapTransform):
     affines, the draw follows MONAI's random state, and background stays exactly zero as in skull-stripped input.
 
     Args:
+        name: class name in ``torchio.transforms``, e.g. ``"RandomAffine"``.
         image_keys: images ``[C, *spatial]``.
         label_keys: label maps or regions ``[C, *spatial]``.
-        name: class name in ``torchio.transforms``, e.g. ``"RandomAffine"``.
         prob: probability of the transform for one subject.
         kwargs: arguments of the TorchIO transform.
     """
 
     def __init__(
-        self, image_keys: KeysCollection, label_keys: KeysCollection, name: str, prob: float = 1.0, **kwargs: Any
+        self,
+        name: str,
+        image_keys: KeysCollection = "image",
+        label_keys: KeysCollection = "label",
+        prob: float = 1.0,
+        **kwargs: Any,
     ) -> None:
+        try:
+            import torchio
+        except ImportError as error:
+            raise ImportError("training augmentation needs torchio: pip install 'torchio>=1.2,<2'") from error
         self.images = ensure_tuple(image_keys)
         self.labels = ensure_tuple(label_keys)
         MapTransform.__init__(self, (*self.images, *self.labels))
         RandomizableTransform.__init__(self, prob)
-        self.transform = _torchio_transform(name, kwargs)
+        self.transform = getattr(torchio.transforms, name)(**kwargs)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Transform all keys with the same random parameters."""
@@ -254,45 +245,18 @@ class RandTorchIOd(RandomizableTransform, MapTransform):
         seed = int(self.R.randint(2**31))
         if not self._do_transform:
             return subject
-        wrapped = {key: torchio.ScalarImage(tensor=_plain(subject[key]).float()) for key in self.images}
-        wrapped |= {key: torchio.LabelMap(tensor=_plain(subject[key])) for key in self.labels}
+        plain = {key: convert_to_tensor(subject[key], track_meta=False) for key in self.keys}
+        wrapped = {key: torchio.ScalarImage(tensor=plain[key].float()) for key in self.images}
+        wrapped |= {key: torchio.LabelMap(tensor=plain[key]) for key in self.labels}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             changed = self.transform(torchio.Subject(wrapped))
         for key in self.keys:
-            subject[key] = _like(changed[key].data, subject[key])
-        for key in self.images if not self._moves_voxels else ():
-            subject[key] = subject[key] * _brain(data[key])
+            subject[key] = convert_to_dst_type(changed[key].data, subject[key])[0]
+        if not isinstance(self.transform, torchio.transforms.SpatialTransform):
+            for key in self.images:
+                subject[key] = subject[key] * nonzero_voxels(data[key]).any(dim=0, keepdim=True)
         return subject
-
-    @property
-    def _moves_voxels(self) -> bool:
-        from torchio.transforms import SpatialTransform
-
-        return isinstance(self.transform, SpatialTransform)
-
-
-def _torchio_transform(name: str, arguments: Mapping[str, Any]) -> Any:
-    try:
-        import torchio
-    except ImportError as error:
-        raise ImportError("training augmentation needs torchio: pip install 'torchio>=1.2,<2'") from error
-    return getattr(torchio.transforms, name)(**arguments)
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
-
-
-def _like(values: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    values = values.to(reference.dtype)
-    if isinstance(reference, MetaTensor) and get_track_meta():
-        return MetaTensor(values, meta=reference.meta, applied_operations=reference.applied_operations)
-    return values
-
-
-def _brain(image: torch.Tensor) -> torch.Tensor:
-    return nonzero_voxels(image).any(dim=0, keepdim=True)
 
 
 def subject_name(meta: Mapping[str, Any]) -> str:

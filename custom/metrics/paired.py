@@ -98,35 +98,29 @@ def _subjects(rows: Iterable[Row], model: str) -> dict[str, Row]:
 def _column(rows: Mapping[str, Row], subjects: Iterable[str], column: str, model: str) -> np.ndarray:
     if not any(column in row for row in rows.values()):
         raise ValueError(f"the scores of model {model} have no column {column}: check the name of the score")
-    return np.array([_number(rows[subject].get(column)) for subject in subjects], dtype=float)
-
-
-def _number(value: Any) -> float:
-    return math.nan if value in (None, "") else float(value)
+    values = (rows[subject].get(column) for subject in subjects)
+    return np.array([math.nan if value in (None, "") else float(value) for value in values], dtype=float)
 
 
 def _interval(
     differences: np.ndarray, seed: int, confidence: float, num_resamples: int
 ) -> tuple[list[float], str | None]:
+    from scipy.stats import bootstrap
+
     if len(differences) < 2:
         return [math.nan, math.nan], None
     if np.allclose(differences, differences[0], rtol=0, atol=1e-12):
         return [float(differences.mean())] * 2, "constant"
+    options = {"confidence_level": confidence, "n_resamples": num_resamples, "batch": 1000}
     for method in ("BCa", "percentile"):
-        limits = _bootstrap(differences, seed, confidence, num_resamples, method)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rng = np.random.default_rng(seed)
+            found = bootstrap((differences,), np.mean, **options, method=method, random_state=rng)
+        limits = [float(limit) for limit in found.confidence_interval]
         if np.isfinite(limits).all():
             break
     return limits, method
-
-
-def _bootstrap(differences: np.ndarray, seed: int, confidence: float, num_resamples: int, method: str) -> list[float]:
-    from scipy.stats import bootstrap
-
-    options = {"confidence_level": confidence, "n_resamples": num_resamples, "batch": 1000, "method": method}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        result = bootstrap((differences,), np.mean, **options, random_state=np.random.default_rng(seed))
-    return [float(limit) for limit in result.confidence_interval]
 
 
 def _wilcoxon(differences: np.ndarray) -> float:

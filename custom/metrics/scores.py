@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection, NdarrayOrTensor
+from monai.config import NdarrayOrTensor
 from monai.handlers import IgniteMetricHandler
 from monai.metrics import (
     CalibrationErrorMetric,
@@ -29,6 +29,7 @@ from monai.utils import convert_to_tensor
 from ..cohort import REGIONS
 
 if TYPE_CHECKING:
+    from ignite.engine import Engine
     from panoptica import Panoptica_Evaluator
 
 logger = logging.getLogger("comnet")
@@ -172,7 +173,9 @@ def score_subject(
     size = [float(length) for length in spacing]
     if len(size) != 3 or not all(0 < length < math.inf for length in size):
         raise ValueError(f"spacing {tuple(spacing)} is not three positive numbers (mm)")
-    predicted, expected = _around_both(predicted, expected)
+    start, end = generate_spatial_bounding_box(torch.cat([predicted, expected]), margin=2)
+    box = (slice(None), *map(slice, start, end))  # no score depends on the rest, and it is most of a volume
+    predicted, expected = predicted[box], expected[box]
     row: dict[str, float] = {}
     for region, ours, theirs in zip(REGIONS, predicted, expected, strict=True):
         scores = overlap_scores(ours, theirs) | surface_scores(ours, theirs, size, tolerance_mm)
@@ -180,16 +183,6 @@ def score_subject(
         row |= {f"{region}_{name}": value for name, value in scores.items()}
     means = {name: mean_of_defined(row[f"{region}_{name}"] for region in REGIONS) for name in SCORES + LESION_SCORES}
     return row | {f"mean_{name}": value for name, value in means.items()}
-
-
-def _around_both(*masks: torch.Tensor, margin: int = 2) -> list[torch.Tensor]:
-    """Crop to the box of all foreground and a margin: no score depends on the rest, and it is most of a volume."""
-    where = torch.stack(masks).flatten(0, 1).any(0).nonzero()
-    if not len(where):
-        return list(masks)
-    low, high = (where.amin(0) - margin).clamp_min(0).tolist(), (where.amax(0) + 1 + margin).tolist()
-    box = (slice(None), *map(slice, low, high))
-    return [mask[box] for mask in masks]
 
 
 def _binary(mask: NdarrayOrTensor, name: str) -> torch.Tensor:
@@ -202,22 +195,15 @@ def _binary(mask: NdarrayOrTensor, name: str) -> torch.Tensor:
     return binary
 
 
-if TYPE_CHECKING:
-    from ignite.engine import Engine
-
-
 class RegionDice(DiceMetric):
     """Dice of each region averaged over subjects, for prediction and reference `[B, 3, *spatial]`, binary.
 
     Unlike `DiceMetric(reduction="mean_batch")`, a region that no subject has is NaN rather than 0, and the values are
     not rounded. Subjects are gathered from all processes.
-
-    Args:
-        ignore_empty: leave out subjects whose reference is empty; otherwise both empty scores 1, else 0.
     """
 
-    def __init__(self, ignore_empty: bool = True) -> None:
-        super().__init__(include_background=True, reduction="none", ignore_empty=ignore_empty)
+    def __init__(self) -> None:
+        super().__init__(include_background=True, reduction="none")
 
     def aggregate(self, reduction: Any = None) -> torch.Tensor:
         """Return `[3]`, NaN for a region without a score.
@@ -242,20 +228,10 @@ class MeanRegionDice(IgniteMetricHandler):
 
     Args:
         output_transform: turns `engine.state.output` into a pair of prediction and reference; see `RegionDice`.
-        ignore_empty: see `RegionDice`.
-        prefix: of the regions' names.
-        save_details: whether to keep every subject's values.
     """
 
-    def __init__(
-        self,
-        output_transform: Callable = lambda output: output,
-        ignore_empty: bool = True,
-        prefix: str = "val_dice",
-        save_details: bool = True,
-    ) -> None:
-        super().__init__(RegionDice(ignore_empty), output_transform=output_transform, save_details=save_details)
-        self.prefix = prefix
+    def __init__(self, output_transform: Callable = lambda output: output) -> None:
+        super().__init__(RegionDice(), output_transform=output_transform)
         self.region_means = [math.nan] * len(REGIONS)
 
     def compute(self) -> float:
@@ -267,7 +243,7 @@ class MeanRegionDice(IgniteMetricHandler):
         """Write the average under `name`, and the regions beside it."""
         super().completed(engine, name)
         for region, value in zip(REGIONS, self.region_means, strict=True):
-            engine.state.metrics[f"{self.prefix}_{region.lower()}"] = value
+            engine.state.metrics[f"val_dice_{region.lower()}"] = value
 
 
 def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -343,51 +319,31 @@ def calibration_scores(
 class CalibrationErrord(MapTransform):
     """Measure the calibration of a subject's probabilities, see :func:`calibration_scores`, over its brain only.
 
-    For a chain of postprocessing, after :class:`custom.transforms.MaskToBraind` and before the threshold. Voxels
-    outside the brain are left out. The numbers are plain floats, which ``custom.batch.Batch`` puts among the scores.
+    For a chain of postprocessing, after the mask of the brain and before the threshold. The numbers are plain floats,
+    which ``custom.batch.Batch`` puts among the scores.
 
-    `{"_target_": "custom.metrics.CalibrationErrord", "keys": "pred"}`
+    Reads "label", the reference regions, and "brain" of :class:`custom.transforms.LoadSubjectd`; "calibration" and
+    "brier" receive ``{"ET": error, "TC": error, "WT": error}``, each in [0, 1].
 
     Args:
         keys: one item of probabilities, ``[3, *spatial]``, on the input's own grid.
-        label_key: reference regions, binary, the same shape.
-        brain_key: mask from :class:`custom.transforms.LoadSubjectd`, ``[1, *spatial]``.
-        output_key: item that receives ``{"ET": error, "TC": error, "WT": error}``, each in [0, 1].
-        brier_key: item that receives the Brier scores in the same form.
-        num_bins: of equal width over [0, 1].
 
     Raises:
         KeyError: on call, where an item is absent.
         ValueError: on call, see :func:`calibration_scores`.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection = "pred",
-        label_key: str = "label",
-        brain_key: str = "brain",
-        output_key: str = OUTPUT_KEY,
-        brier_key: str = BRIER_KEY,
-        num_bins: int = 20,
-    ) -> None:
-        super().__init__(keys)
-        self.label_key = label_key
-        self.brain_key = brain_key
-        self.output_key = output_key
-        self.brier_key = brier_key
-        self.num_bins = num_bins
-
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return ``data`` with the numbers beside the probabilities, which stay as they are."""
         subject = dict(data)
         for key in self.key_iterator(subject):
-            scores = calibration_scores(subject[key], subject[self.label_key], subject[self.brain_key], self.num_bins)
-            subject |= {self.output_key: scores["ece"], self.brier_key: scores["brier"]}
+            scores = calibration_scores(subject[key], subject["label"], subject["brain"])
+            subject |= {OUTPUT_KEY: scores["ece"], BRIER_KEY: scores["brier"]}
         return subject
 
 
 def calibration_columns(subject: Mapping[Any, Any]) -> dict[str, float]:
-    """Columns of a row of scores for what :class:`CalibrationErrord` has left in a subject under its default keys.
+    """Columns of a row of scores for what :class:`CalibrationErrord` has left in a subject.
 
     Returns:
         `ET_ece` to `mean_ece` and `ET_brier` to `mean_brier`; nothing where the transform did not run.

@@ -43,7 +43,7 @@ OWN = {
 # And in a training and an inference config too, but for these.
 OWN_OF_A_KIND = {
     *("num_workers", "cohort", "initialize", "preprocessing", "checkpoint", "seed"),
-    *("allow_missing", "missing_dice"),
+    "image_preprocessing",  # see test_configs
 }
 # Overlays of one name, such as small.json, agree in all but these.
 OWN_OF_AN_OVERLAY = {

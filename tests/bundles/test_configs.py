@@ -166,7 +166,11 @@ def test_what_monai_label_takes_of_a_bundle_runs_in_openvino(bundle):
 
 
 def test_image_preprocessing_is_the_same_everywhere():
+    """Inference alone may take subjects that lack modalities."""
     lists = [parser(path)["image_preprocessing"] for path in COMPLETE]
+    for path, (load, *_) in zip(COMPLETE, lists, strict=True):
+        missing = [load.pop(name, None) for name in ("allow_missing", "missing_dice")]
+        assert missing == (["@allow_missing", "@missing_dice"] if path.name == "inference.json" else [None, None])
     assert len(lists) >= 5 and all(steps == lists[0] for steps in lists)
 
 

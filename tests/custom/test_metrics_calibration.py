@@ -12,11 +12,11 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
+from monai.transforms import MaskIntensityd
 
 from custom.batch import Batch
 from custom.cohort import REGIONS
 from custom.metrics import CalibrationErrord, calibration_columns, calibration_scores
-from custom.transforms import MaskToBraind
 from custom.weights import save_atomically
 
 GRID = (6, 7, 8)
@@ -119,7 +119,9 @@ def test_unusable_input_is_refused(
 def test_transform_from_json_measures_what_the_chain_holds() -> None:
     probabilities, reference, brain = subject(3)
     item = {"pred": MetaTensor(probabilities), "label": torch.from_numpy(reference).byte()}
-    item = MaskToBraind("pred")(item | {"brain": torch.from_numpy(brain).byte().reshape(1, *reference.shape[1:])})
+    item = MaskIntensityd("pred", mask_key="brain")(
+        item | {"brain": torch.from_numpy(brain).byte().reshape(1, *reference.shape[1:])}
+    )
     parser = ConfigParser({"calibration": {"_target_": "custom.metrics.CalibrationErrord", "keys": "pred"}})
     result = parser.get_parsed_content("calibration")(item)
     expected = calibration_scores(probabilities, reference, brain)
@@ -129,14 +131,10 @@ def test_transform_from_json_measures_what_the_chain_holds() -> None:
     assert "calibration" not in item
 
 
-def test_keys_and_bins_can_be_chosen() -> None:
-    probabilities, reference, brain = subject(4)
-    item = {"p": probabilities, "y": reference, "b": brain}
-    transform = CalibrationErrord("p", "y", "b", output_key="error", brier_key="square", num_bins=3)
-    scores = calibration_scores(probabilities, reference, brain, 3)
-    assert transform(item) == item | {"error": scores["ece"], "square": scores["brier"]}
+def test_without_a_reference_there_is_an_error() -> None:
+    probabilities, _, brain = subject(4)
     with pytest.raises(KeyError, match="label"):
-        CalibrationErrord("p", brain_key="b")(item)
+        CalibrationErrord("pred")({"pred": probabilities, "brain": brain})
 
 
 def test_columns_of_a_row() -> None:

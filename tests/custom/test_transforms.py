@@ -9,16 +9,23 @@ import numpy as np
 import pytest
 import torch
 from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
-from monai.transforms import Compose, CropForegroundd, Invertd, LoadImaged, NormalizeIntensityd, Orientationd
+from monai.transforms import (
+    Compose,
+    Invertd,
+    LoadImaged,
+    MaskIntensityd,
+    NormalizeIntensityd,
+    Orientationd,
+)
 
 from custom.cohort import SubjectError
 from custom.cohort.four_channel import stack_files
 from custom.phantom import write_phantom
 from custom.phantom.dataset import IMAGE_FILES
 from custom.transforms import (
+    CropToBraind,
     LabelMapToRegionsd,
     LoadSubjectd,
-    MaskToBraind,
     RandTorchIOd,
     ResampleToSpacingd,
     label_map_to_regions,
@@ -113,7 +120,7 @@ def test_what_is_odd_travels_through_a_loader(files):
 def test_probabilities_end_where_the_brain_ends(files):
     loaded = LoadSubjectd("image")({"image": files})
     brain = (loaded["image"].as_tensor() != 0).any(0)
-    masked = MaskToBraind("pred")(loaded | {"pred": torch.full((3, 16, 18, 14), 0.7)})["pred"]
+    masked = MaskIntensityd("pred", mask_key="brain")(loaded | {"pred": torch.full((3, 16, 18, 14), 0.7)})["pred"]
     assert loaded["brain"].shape == (1, 16, 18, 14) and 0 < brain.sum() < brain.numel()
     assert torch.equal(masked > 0, brain.expand(3, -1, -1, -1))
     assert masked.max() == pytest.approx(0.7)
@@ -144,7 +151,7 @@ def test_deterministic_preprocessing_is_invertible_on_odd_grids():
         [
             Orientationd("image", "RAS", labels=None),
             ResampleToSpacingd("image", [1, 1, 1]),
-            CropForegroundd("image", "image", nonzero_voxels),
+            CropToBraind("image"),
         ]
     )
     steps = preprocessing({"image": source})
@@ -158,7 +165,7 @@ def test_deterministic_preprocessing_is_invertible_on_odd_grids():
 
 
 def torchio(name, **kwargs):
-    return RandTorchIOd("image", "label", name, **kwargs)
+    return RandTorchIOd(name, **kwargs)
 
 
 AUGMENTATIONS = [
