@@ -40,11 +40,6 @@ def segment(
     uncertainty: bool = False,
     pictures: bool = True,
     raw: bool = False,
-    without: str = "",
-    study: int | None = None,
-    brain_mask: str | None = None,
-    brain: str = "deepbet",
-    keep_names: bool = False,
     every_series: bool = False,
     **overrides: Any,
 ) -> None:
@@ -72,34 +67,25 @@ def segment(
         uncertainty: also write how far folds and samples disagree, as a standard deviation of these probabilities;
             --num_samples 5 samples CorrDiff five times.
         pictures: draw a picture of each subject and the report.
-        raw: the inputs are studies as they left the scanner, DICOM or NIfTI: they are prepared first (see `comnet
-            prepare`, whose options these are then: t1n to flair name series),
-            and masks come back on the grid of T1c as scanned, and as DICOM-SEG.
-        without: with raw, modalities that may be missing.
-        study: with raw, which study of a folder that holds several.
-        brain_mask: with raw, a brain mask of one's own.
-        brain: with raw, what finds the brain: "deepbet" or "hd-bet".
-        keep_names: with raw, name results after the study's folder instead of study-<hash>.
+        raw: the inputs are studies as they left the scanner, DICOM or NIfTI: they are prepared first, and masks come
+            back on the grid of T1c as scanned, and as DICOM-SEG. All options of `comnet prepare` go with it: t1n to
+            flair then name series.
         every_series: with raw, masks also on the grids of T1n, T2w and T2-FLAIR as scanned.
         overrides: any other value of the bundle's inference.json, by name; --allow_missing segments subjects that lack
             modalities by weights that were not trained for that.
     """
     files = {"t1n": t1n, "t1c": t1c, "t2w": t2w, "flair": flair}
-    preparing: dict[str, Any] = {
-        "without": without,
-        "number": study,
-        "brain_mask": brain_mask,
-        "keep_names": keep_names,
-    }
-    if not raw and (any(preparing.values()) or brain != "deepbet" or every_series):
-        raise UserError("--without, --study, --brain_mask, --brain, --keep_names and --every_series go with --raw")
-    dataset = None if raw else _dataset(inputs, files, name)
+    of_prepare = inspect.signature(prepare).parameters.keys() - {"studies", *inspect.signature(segment).parameters}
+    preparing = {name: overrides.pop(name) for name in of_prepare & overrides.keys()}
+    if not raw and (preparing or every_series):
+        named = ", ".join(f"--{name}" for name in (*sorted(preparing), *["every_series"] * every_series))
+        raise UserError(f"{named}: options of studies as they left the scanner go with --raw")
+    dataset = None if raw else _dataset("segment", inputs, files, name)
     import_monai_lean()
     reuse_memory()
     from .weights import Weights
 
-    there = _path(weights) if weights else bundle_root("comnet_ensemble") / "models"
-    found = Weights(there)  # kept, so that each file is read once
+    found = Weights(_path(weights) if weights else bundle_root("comnet_ensemble") / "models")  # so each is read once
     settings = ensemble_settings(found, device)
     print(f"weights: {found.note}", file=sys.stderr)
     if sliding_window:
@@ -125,7 +111,8 @@ def segment(
         return
     postprocessing = {key: values.get(key, found.tuned[key]) for key in ("thresholds", "min_volume_mm3")}
     postprocessing |= {"palette": values.get("output_palette", "brats2023")}
-    preparing |= {"chosen": files, "without": _listed(without), "brain": brain, "pictures": pictures}
+    preparing |= {"chosen": files, "without": _listed(preparing.get("without")), "pictures": pictures}
+    preparing["number"] = preparing.pop("study", None)
     segment_raw([_path(one) for one in inputs], _path(output_dir), run, preparing, postprocessing, every_series)
 
 
@@ -142,16 +129,15 @@ def _override(name: str, value: Any) -> Any:
     return DefaultParseValue(value) if isinstance(value, str) else value
 
 
-def _dataset(inputs: Sequence[str], files: Mapping[str, str | None], name: str | None) -> Any:
+def _dataset(verb: str, inputs: Sequence[str], files: Mapping[str, str | None], name: str | None) -> Any:
     given = {key: _path(path) for key, path in files.items() if path is not None}
     if inputs and (given or name):
         raise UserError("give either folders, or one subject by --t1n --t1c --t2w --flair (and --name), not both")
     if given:
         return given | ({"name": Path(name)} if name else {})
     if not inputs:
-        raise UserError(
-            "nothing to segment: name subject folders or a dataset folder, or use --t1n --t1c --t2w --flair"
-        )
+        advice = "name subject folders or a dataset folder, or use --t1n --t1c --t2w --flair"
+        raise UserError(f"nothing to {verb}: {advice}")
     return [_path(folder) for folder in inputs]
 
 
@@ -177,13 +163,8 @@ def validate(
         unknown_labels: "exclude" subjects with undocumented labels, or take them as "background".
         allow_empty_mask: keep subjects whose mask holds no tumour.
     """
-    cohort = {
-        "rebuild": True,
-        "layout": layout,
-        "palette": palette,
-        "unknown_labels": unknown_labels,
-        "allow_empty_mask": allow_empty_mask,
-    }
+    cohort = {"layout": layout, "palette": palette, "unknown_labels": unknown_labels}
+    cohort |= {"allow_empty_mask": allow_empty_mask, "rebuild": True}
     run_bundle(
         "comnet_mednext",
         "train.json",
@@ -295,15 +276,15 @@ def stack(
         t1c: its T1 after contrast.
         t2w: its T2.
         flair: its T2-FLAIR.
-        name: its name; by default that of the folder of `t1n`.
+        name: its name, by default as in `comnet segment`.
     """
     from .batch import EXIT_NONE_SEGMENTED, EXIT_SOME_FAILED
     from .cohort.four_channel import StackingError
     from .cohort.four_channel import stack as write_stacks
 
-    files = {"t1n": t1n, "t1c": t1c, "t2w": t2w, "flair": flair}
+    dataset = _dataset("stack", inputs, {"t1n": t1n, "t1c": t1c, "t2w": t2w, "flair": flair}, name)
     try:
-        written = write_stacks(*map(str, inputs), output_dir=str(output_dir), name=name, **files)
+        written = write_stacks(dataset, _path(output_dir))
     except StackingError as error:
         print(*error.written, sep="\n", end="\n" * bool(error.written))
         print(f"comnet: {error}", file=sys.stderr)
@@ -404,9 +385,12 @@ def as_typed(command: Callable[..., None]) -> Callable[..., None]:
     """Have Fire leave names and paths as they were typed: else `2023_01` becomes a number and `a,b` a tuple."""
     from fire import decorators, parser
 
+    parameters = inspect.signature(command).parameters
+    if command is segment:  # those of studies are among its overrides
+        parameters = inspect.signature(prepare).parameters | parameters
     numbers = {
         name: parser.DefaultParseValue
-        for name, parameter in inspect.signature(command).parameters.items()
+        for name, parameter in parameters.items()
         if "str" not in str(parameter.annotation)
     }
     return decorators.SetParseFns(**numbers)(decorators.SetParseFn(str)(command))

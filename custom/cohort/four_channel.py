@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..files import UserError
 from .checks import read_scan
 from .cohort import Cohort
-from .layouts import subject_from_files
+from .layouts import DatasetDir
 from .subject import MODALITIES, Exclusion, SubjectError, named_modalities
 from .volumes import image_like, write_whole
 
@@ -33,15 +33,7 @@ class StackingError(UserError):
         self.written = list(written)
 
 
-def stack(
-    *inputs: str,
-    output_dir: str = ".",
-    t1n: str | None = None,
-    t1c: str | None = None,
-    t2w: str | None = None,
-    flair: str | None = None,
-    name: str | None = None,
-) -> list[str]:
+def stack(dataset_dir: DatasetDir, output_dir: str | os.PathLike[str] = ".") -> list[str]:
     """Make one four-channel file a subject, `<output_dir>/<subject>.nii.gz`: T1n, T1c, T2w, T2-FLAIR in this order.
 
     Every file is read to its last byte and checked as `comnet validate` does. A subject that fails is named with its
@@ -49,30 +41,18 @@ def stack(
     inference only.
 
     Args:
-        inputs: subject folders, or dataset folders, or both.
+        dataset_dir: subjects, see `find_subjects`.
         output_dir: folder for the files, for example the studies folder of a MONAI Label server.
-        t1n: one subject instead of folders: its T1 before contrast.
-        t1c: its T1 after contrast.
-        t2w: its T2.
-        flair: its T2-FLAIR.
-        name: its name; by default that of the folder of `t1n`.
 
     Returns:
         The files written.
 
     Raises:
-        ValueError: both or neither of folders and files were given.
         StackingError: subjects failed; all others were written first.
-        SubjectError: the one subject given by files failed.
+        UserError: there is no subject.
         OSError: a folder is absent or cannot be written.
     """
-    files: dict[str, Any] = {"t1n": t1n, "t1c": t1c, "t2w": t2w, "flair": flair}
-    if bool(inputs) == any(files.values()):
-        raise UserError("give folders, or one subject by --t1n --t1c --t2w --flair")
-    if not inputs:
-        subject = subject_from_files(**files, name=name)
-        return [stack_files(subject.images, Path(output_dir) / f"{subject.name}.nii.gz", subject.name)]
-    cohort = Cohort([str(folder) for folder in inputs])
+    cohort = Cohort(dataset_dir)
     written, failed = [], []
     for item in cohort.inputs():
         try:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from monai.transforms import LoadImage
 
-from custom.cohort import SubjectError
-from custom.cohort.four_channel import stack, stack_files
+from custom import cli
+from custom.cohort.four_channel import StackingError, stack, stack_files
+from custom.files import UserError
 from custom.phantom import write_phantom
 
 FILES = {"t1n": "brain_t1", "t1c": "brain_t1ce", "t2w": "brain_t2", "flair": "brain_flair"}
@@ -44,7 +45,7 @@ def test_channels_are_the_modalities_in_order_on_the_same_grid(subject, tmp_path
 
 
 def test_monai_reads_it_as_four_channels(subject, tmp_path):
-    (file,) = stack(**paths(subject), output_dir=str(tmp_path), name="mine")
+    (file,) = stack(paths(subject) | {"name": "mine"}, tmp_path)
     image = LoadImage(image_only=True, ensure_channel_first=True)(file)
     assert tuple(image.shape) == (4, *nib.load(paths(subject)["t1n"]).shape) and Path(file).name == "mine.nii.gz"
     assert np.allclose(image.affine, nib.load(paths(subject)["t1n"]).affine)
@@ -100,8 +101,8 @@ FAULTS = {grid: "t2w is on another grid", nan: "NaN", zero: "is empty", truncate
 @pytest.mark.parametrize(("damage", "reason"), FAULTS.items(), ids=lambda value: getattr(value, "__name__", None))
 def test_what_the_cohort_refuses_is_refused_and_nothing_written(subject, tmp_path, damage, reason):
     damage(subject)
-    with pytest.raises(SubjectError, match=rf"BT0007: .*\.nii\.gz: .*{reason}"):
-        stack(**paths(subject), output_dir=str(tmp_path / "out"))
+    with pytest.raises(StackingError, match=rf"BT0007: .*\.nii\.gz: .*{reason}"):
+        stack(paths(subject), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -114,12 +115,12 @@ def test_a_bad_subject_is_named_after_the_good_ones_are_stacked(subject, tmp_pat
 
 
 def test_folders_and_files_at_once_too_few_files_or_nothing_are_refused(subject):
-    with pytest.raises(ValueError, match="one subject by --t1n"):
-        stack()
-    with pytest.raises(ValueError, match=r"no T1c, T2w, T2-FLAIR: .*Add T1c or T2-FLAIR"):
-        stack(t1n="a.nii.gz")
-    with pytest.raises(ValueError, match="one subject by --t1n"):
-        stack(str(subject), **paths(subject))
+    with pytest.raises(UserError, match="nothing to stack: .* use --t1n"):
+        cli.stack()
+    with pytest.raises(UserError, match=r"no T1c, T2w, T2-FLAIR: .*Add T1c or T2-FLAIR"):
+        cli.stack(t1n="a.nii.gz")
+    with pytest.raises(UserError, match="one subject by --t1n .* not both"):
+        cli.stack(str(subject), **paths(subject))
 
 
 def test_an_input_is_never_overwritten_and_a_failed_write_leaves_nothing(subject, tmp_path, monkeypatch):
