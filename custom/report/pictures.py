@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,6 @@ def qc_figure(
     spacing: Sequence[float],
     title: str = "",
     subtitle: str = "",
-    regions: Sequence[str] = REGIONS,
     reference: np.ndarray | None = None,
     weights_note: str = "",
     palette: str = "brats2023",
@@ -123,7 +122,6 @@ def qc_figure(
         spacing: voxel size in mm.
         title: first line, such as the subject's name.
         subtitle: text on the right of the title.
-        regions: which of `REGIONS` to outline.
         reference: ground truth, [X, Y, Z] in `palette`, drawn as dashed lines.
         weights_note: what the reader must know about the weights.
         palette: key of `PALETTES`.
@@ -146,12 +144,12 @@ def qc_figure(
     view = View.through(tumours, np.logical_or.reduce([image != 0 for image in shown.values()]), spacing)
     figure, panels = _canvas(view, shown)
     for axes, plane in ((axes, plane) for row in panels for axes, plane in zip(row, PLANES, strict=True)):
-        for region in (r for r in reversed(REGIONS) if r in regions):
+        for region in reversed(REGIONS):
             for one, style in zip(masks, ("solid", "dashed"), strict=False):
                 width = LINE_WIDTHS[region] if style == "solid" else REFERENCE_WIDTH
                 _outline(axes, view.cut(one[region], plane), region, style, width)
     volumes = [region_volumes(one, float(np.prod(spacing)), palette) for one in label_maps]
-    labels = {region: f"{REGION_NAMES[region]} {volumes[0][region]:.1f} ml" for region in REGIONS if region in regions}
+    labels = {region: f"{REGION_NAMES[region]} {volumes[0][region]:.1f} ml" for region in REGIONS}
     if reference is not None:
         labels = {region: f"{volumes[0][region]:.1f} ml (reference {volumes[1][region]:.1f} ml)" for region in labels}
     handles: list[Artist] = [
@@ -221,9 +219,10 @@ def write_qc_picture(
     palette: str = "brats2023",
     reference_path: PathLike | None = None,
     reference_palette: str = "brats2021",
+    draw: Callable[..., Figure] = qc_figure,
     **texts: str,
 ) -> None:
-    """Writes `qc_figure` of NIfTI files as a PNG of 1200 x 850 pixels, whole or not at all.
+    """Writes a figure of NIfTI files as a PNG of 1200 x 850 pixels, whole or not at all.
 
     Args:
         path: PNG to write.
@@ -232,46 +231,15 @@ def write_qc_picture(
             for the picture.
         label_map_path: label map in `palette`.
         palette: key of `PALETTES` for the label map.
-        reference_path: ground truth, drawn dashed.
+        reference_path: ground truth, which `truth_figure` needs.
         reference_palette: key of `PALETTES` for the ground truth.
-        texts: `title`, `subtitle`, `weights_note` and `warning` of `qc_figure`.
+        draw: `qc_figure` or `truth_figure`.
+        texts: `title`, `subtitle`, `weights_note` and, of `qc_figure`, `warning`.
 
     Raises:
         ValueError: there are not four modalities.
         OSError: a file cannot be read, or the picture cannot be written.
     """
-    scan = _load(image_paths, label_map_path, palette, reference_path, reference_palette)
-    save_figure(path, qc_figure(**scan | texts))
-
-
-def write_truth_picture(
-    path: PathLike,
-    image_paths: Sequence[PathLike],
-    label_map_path: PathLike,
-    reference_path: PathLike,
-    palette: str = "brats2023",
-    reference_palette: str = "brats2021",
-    **texts: str,
-) -> None:
-    """Writes `truth_figure` of NIfTI files (paper, Figure 2); arguments and errors as of `write_qc_picture`."""
-    scan = _load(image_paths, label_map_path, palette, reference_path, reference_palette)
-    save_figure(path, truth_figure(**scan | texts))
-
-
-def save_figure(path: PathLike, figure: Figure) -> None:
-    """Writes a figure as PNG at its own size and colour, whole or not at all."""
-    with whole_file(path) as partial:
-        figure.savefig(partial, format="png", facecolor="auto")
-
-
-def _load(
-    image_paths: Sequence[PathLike],
-    label_map_path: PathLike,
-    palette: str,
-    reference_path: PathLike | None,
-    reference_palette: str,
-) -> dict[str, Any]:
-    """Images, masks in one palette, and spacing, as the figures name them; axes to the Right, Anterior and Superior."""
     target = nib.as_closest_canonical(nib.load(label_map_path))
     reference = None
     if reference_path is not None:
@@ -289,9 +257,15 @@ def _load(
         else zero_background(_load_on_grid(image, target, order=1))[0]
         for image in files
     ]
-    spacing = [float(size) for size in target.header.get_zooms()[:3]]
-    label_map = np.asarray(target.dataobj).squeeze()
-    return {"images": images, "label_map": label_map, "reference": reference, "spacing": spacing, "palette": palette}
+    label_map, spacing = np.asarray(target.dataobj).squeeze(), [float(size) for size in target.header.get_zooms()[:3]]
+    scan = {"images": images, "label_map": label_map, "reference": reference, "spacing": spacing, "palette": palette}
+    save_figure(path, draw(**scan | texts))
+
+
+def save_figure(path: PathLike, figure: Figure) -> None:
+    """Writes a figure as PNG at its own size and colour, whole or not at all."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", facecolor="auto")
 
 
 def _load_on_grid(image: nib.spatialimages.SpatialImage, target: nib.Nifti1Image, order: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from ..cohort.datalist import dataset_of
 from ..files import write_table
 from .charts import dice_bars, fold_strip, forest_plot, has_several_folds
 from .pages import Cell, Picture, Table, picture, weights_line, write_page
-from .pictures import REGION_NAMES, save_figure, write_truth_picture
+from .pictures import REGION_NAMES, save_figure, truth_figure, write_qc_picture
 from .runs import (
     MEDIAN_RULE,
     ORDER_RULE,
@@ -204,8 +204,6 @@ def write_crossval_report(
     dataset_dir: PathLike | None = None,
     dataset: str = "",
     num_pictures: int = 30,
-    palette: str = "brats2023",
-    seed: int = 0,
 ) -> Path:
     """Writes `report.html`, which stands alone, and beside it its tables as CSV and its figures as PNG.
 
@@ -220,8 +218,6 @@ def write_crossval_report(
         dataset_dir: dataset of the run's datalist, for Figure 2; by default what the datalist remembers.
         dataset: name of the dataset in Table 2, by default the layout of its files.
         num_pictures: how many of the worst cases get their picture, so that the page of a large run can be opened.
-        palette: key of `PALETTES` for the label maps of the run.
-        seed: of the bootstrap.
 
     Returns:
         Path of the page.
@@ -234,7 +230,7 @@ def write_crossval_report(
     scores, layout = run.scores, run.datalist.get("layout")
     folder = Path(run_dir) / "report" if output_dir is None else Path(output_dir)
     dataset = dataset or (f"{layout} layout" if layout else run.folder.resolve().name)
-    differences = difference_rows(scores, seed)
+    differences = difference_rows(scores)
     _write_tables(folder, run, dataset, differences)
     by_note: dict[str, list[str]] = {}
     for model, note in run.notes.items():
@@ -265,7 +261,7 @@ def write_crossval_report(
         dice_heading="Table 2: Dice",
         differences=difference_table(differences) if differences else NO_ROWS,
         forest=_forest(folder / "differences.png", differences),
-        figures=[_representative(folder / "figure2.png", run, dataset_dir, palette), *_charts(scores, folder)],
+        figures=[_representative(folder / "figure2.png", run, dataset_dir), *_charts(scores, folder)],
         others=other_scores_table(scores),
         choices=choices(run.tuning),
         cases=_cases(run, ranking, shown),
@@ -346,9 +342,8 @@ def _charts(scores: Scores, folder: Path | None = None) -> list[Picture]:
     shown = [_chart(folder, "figure4.png", dice_bars(scores), f"Bar chart of mean Dice. {spoken}.", caption)]
     if several:
         caption = f"{strip}Average Dice of the held-out subjects of every fold; numbers are folds, bars mean ± sd."
-        shown.insert(
-            0, _chart(folder, "figure3.png", fold_strip(scores), "Average Dice of every fold by model.", caption)
-        )
+        alt = "Average Dice of every fold by model."
+        shown.insert(0, _chart(folder, "figure3.png", fold_strip(scores), alt, caption))
     elif folder is not None:
         (folder / "figure3.png").unlink(missing_ok=True)
     return shown
@@ -375,29 +370,27 @@ def _forest(path: Path, rows: Sequence[Mapping[str, Any]]) -> Picture | None:
     return _chart(path.parent, path.name, forest_plot(rows), f"Forest plot of paired differences. {spoken}.", caption)
 
 
-def _representative(path: Path, run: Run, dataset_dir: PathLike | None, palette: str) -> Picture:
+def _representative(path: Path, run: Run, dataset_dir: PathLike | None) -> Picture:
     """Figure 2, or a sentence that says why there is none."""
     model, subject = run.last_model, median_subject(run.scores)
     score, datalist_file = run.of(subject)[model], run.folder / "datalist.json"
     alt = f"{subject}: true regions above, predicted regions below, in three planes."
     path.unlink(missing_ok=True)
     try:
-        items = load_datalist(datalist_file, dataset_of(datalist_file) if dataset_dir is None else dataset_dir)[
-            "training"
-        ]
-        item = next((one for one in items if one["subject"] == subject), None)
+        datalist = load_datalist(datalist_file, dataset_of(datalist_file) if dataset_dir is None else dataset_dir)
+        item = next((one for one in datalist["training"] if one["subject"] == subject), None)
         if item is None:
             raise ValueError(f"{datalist_file} does not list it")
-        write_truth_picture(
+        write_qc_picture(
             path,
             item["image"],
             run.file(model, subject, "seg.nii.gz"),
-            item["label"],
+            reference_path=item["label"],
+            reference_palette=item["palette"],
+            draw=truth_figure,
             title=subject,
             subtitle=f"{model}, fold {score['fold']}, mean Dice {mean_dice(score):.3f}",
             weights_note=run.weights(model, subject),
-            palette=palette,
-            reference_palette=item["palette"],
         )
     except (OSError, ValueError) as error:
         return Picture(alt, missing=f"Figure 2 was not drawn ({subject}): {error}")

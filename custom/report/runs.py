@@ -134,21 +134,16 @@ def counted_dice(score: Mapping[str, Any], region: str) -> float:
     return brats if brats != 1 else dice_of(score, region)
 
 
-def worst_first(scores: Scores, model: str | None = None) -> list[str]:
-    """Subjects in ascending order of a model's `mean_dice`; without a value they come first, ties by name.
-
-    Args:
-        scores: of one or several models.
-        model: by default the last.
-    """
-    model = models_of(scores)[-1] if model is None else model
+def worst_first(scores: Scores) -> list[str]:
+    """Subjects in ascending order of the last model's `mean_dice`; without a value they come first, ties by name."""
+    model = models_of(scores)[-1]
     means = {str(score["subject"]): mean_dice(score) for score in scores if str(score["model"]) == model}
     return sorted(means, key=lambda name: (-math.inf if math.isnan(means[name]) else means[name], name))
 
 
-def median_subject(scores: Scores, model: str | None = None) -> str:
+def median_subject(scores: Scores) -> str:
     """The subject in the middle of `worst_first`; of two in the middle, the worse."""
-    ranking = worst_first(scores, model)
+    ranking = worst_first(scores)
     return ranking[(len(ranking) - 1) // 2]
 
 

@@ -238,12 +238,11 @@ def label(name: str) -> str:
     return LABELS.get(plain, plain.replace("_", " ")) + (", BraTS convention" if plain != name else "")
 
 
-def difference_rows(scores: Scores, seed: int = 0, num_resamples: int = 9999) -> list[dict[str, Any]]:
+def difference_rows(scores: Scores, num_resamples: int = 9999) -> list[dict[str, Any]]:
     """`metrics.paired_differences` of those of `COMPARISONS` that can be made, as rows of `DIFFERENCE_COLUMNS`.
 
     Args:
         scores: flat rows as of `metrics.score_subject`, with "model", "fold", "subject" and perhaps "selection".
-        seed: of the bootstrap.
         num_resamples: of the bootstrap.
 
     Returns:
@@ -259,7 +258,7 @@ def difference_rows(scores: Scores, seed: int = 0, num_resamples: int = 9999) ->
         confidence = 0.95 if may_infer(selections(judged)) else None
         for convention in (one for one in CONVENTIONS if is_known(scores, one)):
             name = "dice_brats" if convention == BRATS else "dice"
-            found = paired_differences(own, *pair, name, seed, confidence, num_resamples)
+            found = paired_differences(own, *pair, name, confidence=confidence, num_resamples=num_resamples)
             names = {"model": pair[0], "baseline": pair[1], "convention": convention, "selection": _rule(judged)}
             for column in COLUMNS:
                 one = found["mean" if column == AVERAGE else column]

@@ -67,11 +67,6 @@ class TestQcFigure:
         for region, (width, height) in {"ET": (3, 3), "TC": (5, 6), "WT": (10, 12)}.items():
             np.testing.assert_allclose(np.ptp(contours[REGION_COLOURS[region], False], axis=0), (width, height))
 
-    def test_only_the_chosen_regions(self, brain):
-        figure = qc_figure(*brain, SPACING, "name", regions=("WT",))
-        assert set(_contours(figure.axes[0])) == {(REGION_COLOURS["WT"], False)}
-        assert not any("ET" in text for text in _texts(figure))
-
     def test_reference_is_dashed_with_its_volume(self, brain):
         images, label_map = brain
         reference = np.roll(label_map, -3, axis=0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex, to_rgb
 
-from custom.report.pictures import REGION_COLOURS, truth_figure, write_truth_picture
+from custom.report.pictures import REGION_COLOURS, truth_figure, write_qc_picture
 
 SPACING = (1.0, 1.5, 3.0)
 
@@ -90,7 +90,8 @@ def test_shapes_that_differ_are_refused(brain):
 def test_picture_from_files_is_the_figure(tmp_path, files, brain):
     from PIL import Image
 
-    write_truth_picture(tmp_path / "file.png", *files, files[1], title="name", reference_palette="brats2023")
+    truth = {"reference_path": files[1], "reference_palette": "brats2023", "draw": truth_figure}
+    write_qc_picture(tmp_path / "file.png", *files, title="name", **truth)
     truth_figure(*brain, brain[1], SPACING, "name").savefig(tmp_path / "array.png", facecolor="#0b0d10")
     from_file, from_array = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("file", "array"))
     assert from_file.shape[:2] == (850, 1200)
