@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -91,16 +92,15 @@ class EnsembleBuilder:
         if max_epochs != 1:
             raise UserError(f"max_epochs is {max_epochs}: an ensemble is gathered and tuned in one pass")
         self.network = network
-        self.dataset = dataset
-        self.postprocessing = postprocessing
         self.backbones_dir = backbones_dir
         self.models_dir = Path(models_dir)
         self.provenance = provenance
         self.correctors_dir = correctors_dir or None
         self.corrector_fold = corrector_fold
-        self.grid = Grid.of(try_thresholds, try_volumes_mm3, fill_holes)
+        grid, corrector = Grid.of(try_thresholds, try_volumes_mm3, fill_holes), copy.deepcopy(network.corrector)
+        cache_dir = self.models_dir / "tuning"
+        self.scores = OutOfFoldDice(dataset, postprocessing, grid, cache_dir, corrector, self.correctors_dir, amp)
         self.tune = tune
-        self.amp = amp
         self.train_handlers = list(train_handlers)
 
     def run(self) -> None:
@@ -114,12 +114,27 @@ class EnsembleBuilder:
         """
         facts = self.provenance.state_dict()
         facts = gather_parts(self.network, facts, self.backbones_dir, self.correctors_dir, self.corrector_fold)
-        choices = self._choose(facts["selection"]) if self.tune else self._defaults()
+        if self.tune:
+            choices = self._choose(facts["selection"])
+        else:
+            reason = "Nothing was measured: tuning was switched off."
+            choices = dict.fromkeys(REGIONS, Choice(refine=self.correctors_dir is not None, reason=reason))
         for region, choice in choices.items():
             logger.info("%s: %s", region, choice.reason)
-        self._write_choices(choices, facts["selection"])
+        content = {
+            "num_subjects": len(self.scores.folds) if self.tune else 0,
+            "regions": {region: choice.as_json() for region, choice in choices.items()},
+            "convention": "brats",
+            "selection": facts["selection"],
+        }
+        write_text(self.models_dir / "tuning.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        settings = {  # of ET, TC and WT, as `custom.weights.Weights.tuned` reads them
+            "thresholds": [choices[region].threshold for region in REGIONS],
+            "min_volume_mm3": [choices[region].min_volume_mm3 for region in REGIONS],
+            "refine_regions": [choices[region].refine for region in REGIONS],
+        }
         state = {name: value.cpu() for name, value in self.network.state_dict().items()}
-        save_atomically({"model": state, "provenance": facts | _settings(choices)}, self.models_dir / "model.pt")
+        save_atomically({"model": state, "provenance": facts | settings}, self.models_dir / "model.pt")
         logger.info("the ensemble is in %s", self.models_dir / "model.pt")
         self._tell_handlers(choices)
 
@@ -127,21 +142,8 @@ class EnsembleBuilder:
         if self.correctors_dir is not None:
             for fold in range(len(self.network.backbones)):
                 check_own_backbone(self.correctors_dir, self.backbones_dir, fold)
-        scores = OutOfFoldDice(
-            self.dataset,
-            self.postprocessing,
-            self.grid,
-            self.models_dir / "tuning",
-            copy.deepcopy(self.network.corrector),
-            self.correctors_dir,
-            self.amp,
-        )
-        confidence = 0.95 if may_infer([selection]) else None
-        return choose(scores.measure(), scores.folds, self.grid, self.correctors_dir is not None, confidence)
-
-    def _defaults(self) -> dict[str, Choice]:
-        choice = Choice(refine=self.correctors_dir is not None, reason="Nothing was measured: tuning was switched off.")
-        return dict.fromkeys(REGIONS, choice)
+        dice, confidence = self.scores.measure(), 0.95 if may_infer([selection]) else None
+        return choose(dice, self.scores.folds, self.scores.grid, self.correctors_dir is not None, confidence)
 
     def _tell_handlers(self, choices: Mapping[str, Choice]) -> None:
         metrics = {
@@ -157,24 +159,6 @@ class EnsembleBuilder:
         for handler in self.train_handlers:
             handler.attach(engine)
         engine.run([None], max_epochs=1)
-
-    def _write_choices(self, choices: Mapping[str, Choice], selection: str) -> None:
-        content = {
-            "num_subjects": len(self.dataset.data) if self.tune else 0,
-            "regions": {region: choice.as_json() for region, choice in choices.items()},
-            "convention": "brats",
-            "selection": selection,
-        }
-        write_text(self.models_dir / "tuning.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _settings(choices: Mapping[str, Choice]) -> dict[str, list[Any]]:
-    """Settings of ET, TC and WT, as :attr:`custom.weights.Weights.tuned` reads them."""
-    return {
-        "thresholds": [choices[region].threshold for region in REGIONS],
-        "min_volume_mm3": [choices[region].min_volume_mm3 for region in REGIONS],
-        "refine_regions": [choices[region].refine for region in REGIONS],
-    }
 
 
 SETTINGS = ("backbone", "corrector", "spacing", "patch_size", "mirror_axes")
@@ -212,8 +196,11 @@ def gather_parts(
     if corrector is not None:
         corrector.load(network.corrector, "corrector.")
     parts = [*backbones, *([corrector] if corrector else [])]
-    for part in parts:
-        _check_settings(part, facts)
+    for part, name in itertools.product(parts, SETTINGS):
+        if name in part.facts and name in facts and part.facts[name] != facts[name]:
+            raise CheckpointError(
+                f"{part.path} was trained with {name} {part.facts[name]}, not {facts[name]}: set {name} to that"
+            )
     rules = {str(part.facts.get("selection", PAPER)) for part in parts}
     return {
         **facts,
@@ -237,22 +224,14 @@ def check_own_backbone(correctors_dir: str | Path, backbones_dir: str | Path, fo
     """
     corrector, backbone = fold_checkpoint(correctors_dir, fold), fold_checkpoint(backbones_dir, fold)
     within, expected = Checkpoint.at(corrector).tensors(), Checkpoint.at(backbone).tensors()
-    found = {
-        name.removeprefix("backbones.0."): value for name, value in within.items() if name.startswith("backbones.")
-    }
-    if found.keys() != expected.keys() or not all(torch.equal(found[name], expected[name]) for name in expected):
+    own = {name: value for name, value in within.items() if name.startswith("backbones.")}
+    if len(own) != len(expected) or not all(
+        (name := f"backbones.0.{part}") in own and torch.equal(own[name], value) for part, value in expected.items()
+    ):
         raise CheckpointError(
             f"{corrector} was trained with another backbone than {backbone}: train the corrector again, or name the "
             "folder of its own backbones"
         )
-
-
-def _check_settings(part: Checkpoint, facts: Mapping[str, Any]) -> None:
-    for name in SETTINGS:
-        if name in part.facts and name in facts and part.facts[name] != facts[name]:
-            raise CheckpointError(
-                f"{part.path} was trained with {name} {part.facts[name]}, not {facts[name]}: set {name} to that"
-            )
 
 
 Item = Mapping[str, Any]
@@ -312,12 +291,9 @@ class OutOfFoldDice:
 
         if not self.folds:
             raise UserError("there is no subject to tune on: give the datalist that the folds were trained with")
-        order = np.argsort(self.folds, kind="stable")
-        scores = {
-            number: self._cached(int(number))
-            for number in tqdm(order, desc="tuning", unit="subject", dynamic_ncols=True)
-        }
-        return np.stack([scores[number] for number in sorted(scores)])
+        order = np.argsort(self.folds, kind="stable").tolist()  # fold by fold: a corrector is loaded once
+        scores = {n: self._cached(n) for n in tqdm(order, desc="tuning", unit="subject", dynamic_ncols=True)}
+        return np.stack([scores[n] for n in sorted(scores)])
 
     def path(self, item: Item) -> Path:
         """Where the figures of a subject are or will be."""
@@ -363,7 +339,10 @@ class OutOfFoldDice:
         return np.stack(scores, axis=1)
 
     def _refine(self, item: Item, image: Tensor, coarse: Tensor) -> Tensor:
-        self._load_corrector(int(item["fold"]))
+        if self._loaded != item["fold"]:
+            checkpoint = Checkpoint.at(self._checkpoint(int(item["fold"])))
+            checkpoint.load(self.corrector, "corrector.")
+            self._loaded, self._seen = item["fold"], frozenset(checkpoint.facts.get("trained_on", ()))
         if item["subject"] in self._seen:
             raise CheckpointError(
                 f"the corrector of fold {item['fold']} was trained on subject {item['subject']}, which this datalist "
@@ -373,12 +352,6 @@ class OutOfFoldDice:
         pair = (convert_to_tensor(part, track_meta=False, device=device)[None] for part in (image, coarse))
         with torch.no_grad(), torch.autocast(device.type, enabled=self.amp):
             return self.corrector.eval()(*pair)[0].float().cpu()
-
-    def _load_corrector(self, fold: int) -> None:
-        if self._loaded != fold:
-            checkpoint = Checkpoint.at(self._checkpoint(fold))
-            checkpoint.load(self.corrector, "corrector.")
-            self._loaded, self._seen = fold, frozenset(checkpoint.facts.get("trained_on", ()))
 
     def _score(self, subject: Item, logits: Tensor) -> np.ndarray:
         if not torch.isfinite(logits).all():

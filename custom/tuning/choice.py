@@ -116,18 +116,12 @@ def _counts(mask: np.ndarray, truth: np.ndarray, min_voxels: Sequence[int], fill
         keep = sizes >= fewest
         keep[0] = False
         if keep.tobytes() not in known:
-            known[keep.tobytes()] = _filled_counts(keep[labels], truth) if fill else _sums(sizes[keep], hits[keep])
+            if fill:
+                filled = fill_holes(keep[labels])
+                known[keep.tobytes()] = int(filled.sum()), int((filled & truth).sum())
+            else:
+                known[keep.tobytes()] = int(sizes[keep].sum()), int(hits[keep].sum())
         yield known[keep.tobytes()]
-
-
-def _filled_counts(mask: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
-    filled = fill_holes(mask)
-    return _sums(filled, filled & truth)
-
-
-def _sums(*arrays: Any) -> tuple[int, int]:
-    size, overlap = (int(array.sum()) for array in arrays)
-    return size, overlap
 
 
 COARSE, REFINED = "coarse", "refined"
@@ -193,12 +187,10 @@ def choose(
     """
     threshold, volume = grid.default
     differences = _differences(dice[..., threshold, volume], confidence)
-    choices = {}
-    for index, region in enumerate(REGIONS):
-        difference = float(differences[region]["difference"])
-        refine = corrected and difference > ROUNDING
-        choices[region] = _choose_region(dice[:, index], folds, grid, refine, differences[region], corrected)
-    return choices
+    return {
+        region: _choose_region(dice[:, index], folds, grid, differences[region], corrected)
+        for index, region in enumerate(REGIONS)
+    }
 
 
 def cross_fit(dice: np.ndarray, folds: Sequence[int], grid: Grid) -> float | None:
@@ -232,8 +224,9 @@ def best_settings(dice: np.ndarray, grid: Grid) -> tuple[int, int]:
 
 
 def _choose_region(
-    dice: np.ndarray, folds: Sequence[int], grid: Grid, refine: bool, paired: Mapping[str, Any], corrected: bool
+    dice: np.ndarray, folds: Sequence[int], grid: Grid, paired: Mapping[str, Any], corrected: bool
 ) -> Choice:
+    refine = bool(corrected and paired["difference"] > ROUNDING)
     chosen = dice[:, int(refine)]
     coarse, refined = dice[:, :, grid.default[0], grid.default[1]].mean(0).tolist()
     default, tuned = refined if refine else coarse, cross_fit(chosen, folds, grid)
