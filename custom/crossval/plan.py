@@ -100,30 +100,47 @@ class Job:
         """Return the first of `writes` that is not there."""
         return next((path for path in self.writes if not path.exists()), None)
 
+    @property
+    def _record_file(self) -> Path:
+        return self.run_dir / "jobs" / f"{self.name}.json"
+
+    def _record(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self._record_file.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
+
+    def _note(self, **facts: Any) -> None:
+        write_text(self._record_file, json.dumps({"job": self.name, **facts}, indent=1) + "\n")
+
     def is_done(self, digest: str) -> bool:
         """Whether the job has succeeded with just these settings and inputs, and its results are still there."""
-        record = _record(self.run_dir, self.name)
+        record = self._record()
         return record.get("status") == "done" and record["digest"] == digest and self.missing() is None
 
-    def begin(self, digest: str) -> None:
-        """Note that the job starts, see `begin`."""
-        begin(self.run_dir, self.name, digest, self.folders, self.command())
+    def begin(self, digest: str, command: str | None = None) -> None:
+        """Note in ``jobs/<job>.json`` that the job starts; move what it left under other settings to ``superseded``.
+
+        Without that, training would go on from the last state of the other settings, and scores of them would stay.
+        """
+        earlier = self._record().get("digest")
+        if earlier not in (None, digest):
+            target, number = self.run_dir / "superseded" / f"{self.name}-{earlier[:8]}", 1
+            while target.exists():
+                number += 1
+                target = target.with_name(f"{self.name}-{earlier[:8]}-{number}")
+            for folder in filter(Path.exists, self.folders):
+                target.mkdir(parents=True, exist_ok=True)
+                os.replace(folder, target / folder.name)
+        self._note(digest=digest, status="started", command=command or self.command())
 
     def finish(self, digest: str, seconds: float, exit_code: int = 0) -> str:
         """Note that the job has succeeded; return what is to be told although it has, or nothing."""
         from ..batch import EXIT_SOME_FAILED
 
         warning = "some subjects failed or were excluded" if exit_code == EXIT_SOME_FAILED else ""
-        told = {"warning": warning} if warning else {}
-        _note(
-            self.run_dir,
-            self.name,
-            digest=digest,
-            status="done",
-            seconds=round(seconds, 1),
-            **told,
-            command=self.command(),
-        )
+        told = {"seconds": round(seconds, 1)} | ({"warning": warning} if warning else {})
+        self._note(digest=digest, status="done", **told, command=self.command())
         return warning
 
     def failure(self, exit_code: int) -> str:
@@ -144,34 +161,6 @@ class Job:
     def needs(self, jobs: Iterable[Job]) -> list[Job]:
         """Return those of ``jobs`` that write what this one reads."""
         return [job for job in jobs if set(job.writes) & set(self.reads)]
-
-
-def begin(run_dir: Path, name: str, digest: str, folders: Iterable[Path], command: str) -> None:
-    """Note in ``jobs/<job>.json`` that a job starts; move what it left under other settings to ``superseded``.
-
-    Without that, training would go on from the last state of the other settings, and scores of them would stay.
-    """
-    earlier = _record(run_dir, name).get("digest")
-    if earlier not in (None, digest):
-        target, number = run_dir / "superseded" / f"{name}-{earlier[:8]}", 1
-        while target.exists():
-            number += 1
-            target = target.with_name(f"{name}-{earlier[:8]}-{number}")
-        for folder in filter(Path.exists, folders):
-            target.mkdir(parents=True, exist_ok=True)
-            os.replace(folder, target / folder.name)
-    _note(run_dir, name, digest=digest, status="started", command=command)
-
-
-def _record(run_dir: Path, name: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads((run_dir / "jobs" / f"{name}.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
-
-
-def _note(run_dir: Path, name: str, **facts: Any) -> None:
-    write_text(run_dir / "jobs" / f"{name}.json", json.dumps({"job": name, **facts}, indent=1) + "\n")
 
 
 def make_plan(
@@ -308,13 +297,12 @@ class _Planner:
         from ..report import MODELS
 
         fold, folder = trained.overrides["fold"], self.run_dir / model / "scores"
-        places = {"dataset_dir": self.subjects.dataset_dir, "datalist_file": self.subjects.datalist_file}
         settings = {"fold": fold, "cohort#num_folds": self.subjects.num_folds, "batch#model": MODELS[model]}
         return self.job(
             f"score_{model}_fold{fold}",
             bundle,
             configs,
-            overrides=places | {"checkpoint": trained.writes[0], "output_dir": folder} | settings,
+            overrides=self.places() | {"checkpoint": trained.writes[0], "output_dir": folder} | settings,
             reads=trained.writes,
             writes=(folder / "scores.csv",),
             folders=tuple(folder / name for name, of in self.subjects.folds.items() if of == fold),
@@ -324,11 +312,10 @@ class _Planner:
         return Job(name, self.run_dir, bundle, configs, cohort=self.subjects.digest, **fields)
 
     def data(self) -> dict[str, Any]:
-        return {
-            "dataset_dir": self.subjects.dataset_dir,
-            "datalist_file": self.subjects.datalist_file,
-            "num_folds": self.subjects.num_folds,
-        }
+        return self.places() | {"num_folds": self.subjects.num_folds}
+
+    def places(self) -> dict[str, Any]:
+        return {"dataset_dir": self.subjects.dataset_dir, "datalist_file": self.subjects.datalist_file}
 
     def facts(self) -> dict[str, Any]:
         return {"seed": self.seed} | ({"notes": self.notes} if self.notes else {})
@@ -394,9 +381,8 @@ def write_snakefile(jobs: Sequence[Job], file: str | Path) -> None:
         }
         for job, digest in zip(jobs, digests, strict=True)
     }
-    text = HEADER.format(
-        file=os.path.relpath(file), logs=os.path.relpath(run_dir / "logs"), last=json.dumps(_mark(jobs[-1]))
-    )
+    logs, last = os.path.relpath(run_dir / "logs"), json.dumps(_mark(jobs[-1]))
+    text = HEADER.format(file=os.path.relpath(file), logs=logs, last=last)
     for job, digest in zip(jobs, digests, strict=True):
         start = shlex.join([os.path.relpath(run_dir), job.name])
         text += RULE.format(
@@ -415,8 +401,10 @@ def write_snakefile(jobs: Sequence[Job], file: str | Path) -> None:
 def start_job(run_dir: Path, name: str) -> None:
     """Do what `run_plan` does before a job: note that it starts, move away what it left under other settings."""
     facts = json.loads((run_dir / "jobs" / "plan.json").read_text(encoding="utf-8"))[name]
-    digest = with_files(facts["digest"], run_dir, [run_dir / path for path in facts["reads"]])
-    begin(run_dir, name, digest, [run_dir / path for path in facts["folders"]], facts["command"])
+    reads, folders = (tuple(run_dir / path for path in facts[key]) for key in ("reads", "folders"))
+    Job(name, run_dir, reads=reads, folders=folders).begin(
+        with_files(facts["digest"], run_dir, reads), facts["command"]
+    )
 
 
 def _braced(command: str) -> str:
