@@ -56,7 +56,9 @@ def build_datalist(
         _write_exclusions(relative, exclusions_file(datalist_file))
     log_outcome(kept, exclusions, str(base), exclusions_file(datalist_file) if datalist_file else None)
     roots = dataset_roots(dataset_dir)
-    items = _items(kept, base, roots if len(roots) > 1 else [], num_folds, seed)
+    items = _items(kept, base, roots if len(roots) > 1 else [])
+    folds = assign_folds(items, num_folds, seed)
+    items = [item | {"fold": folds[item["subject"]]} for item in items]
     datalist = {
         "name": "comnet",
         "comnet_version": __version__,
@@ -66,7 +68,14 @@ def build_datalist(
         "num_folds": num_folds,
         "seed": seed,
         **options,
-        "counts": _counts(items, exclusions, num_folds),
+        "counts": {
+            "subjects": len(items),
+            "with_et": sum(item["has_et"] for item in items),
+            "excluded": len(exclusions),
+            "by_label_source": dict(sorted(Counter(item["label_source"] for item in items).items())),
+            "by_palette": dict(sorted(Counter(item["palette"] for item in items).items())),
+            "by_fold": [list(folds.values()).count(fold) for fold in range(num_folds)],
+        },
         "training": items,
         "facts": {subject.name: facts for subject, facts in kept},
     }
@@ -165,8 +174,12 @@ def load_datalist(datalist_file: PathLike, dataset_dir: DatasetDir) -> dict[str,
 def with_absolute_paths(datalist: dict[str, Any], dataset_dir: DatasetDir) -> dict[str, Any]:
     """Copy of a datalist whose "training" items have absolute paths."""
     base = base_folder(dataset_dir)
+
+    def absolute(file: str) -> str:
+        return os.path.normpath(os.path.join(base, file))
+
     items = [
-        item | {"image": [_absolute(file, base) for file in item["image"]], "label": _absolute(item["label"], base)}
+        item | {"image": [absolute(file) for file in item["image"]], "label": absolute(item["label"])}
         for item in datalist["training"]
     ]
     return datalist | {"training": items}
@@ -177,12 +190,12 @@ def _with_dataset(datalist: dict[str, Any], path: Path, dataset: Path) -> dict[s
     return datalist | {"dataset_dir": _relative(str(dataset.resolve()), path.resolve().parent)}
 
 
-def _items(
-    kept: list[tuple[Subject, dict[str, Any]]], base: Path, roots: list[Path], num_folds: int, seed: int
-) -> list[dict[str, Any]]:
+def _items(kept: list[tuple[Subject, dict[str, Any]]], base: Path, roots: list[Path]) -> list[dict[str, Any]]:
     """Items of the datalist; of several dataset folders each is a source of its own, and folds hold some of each."""
-    items = [
-        {
+    items: list[dict[str, Any]] = []
+    for subject, facts in kept:
+        sources = [{"source": root.name} for root in roots if Path(subject.images[0]).is_relative_to(root)]
+        item = {
             "subject": subject.name,
             "patient": subject.patient,
             "image": [_relative(file, base) for file in subject.images],
@@ -191,35 +204,12 @@ def _items(
             "label_source": subject.label_source,
             "has_et": facts["has_et"],
         }
-        | _source(subject, roots)
-        for subject, facts in kept
-    ]
-    folds = assign_folds(items, num_folds, seed)
-    return [item | {"fold": folds[item["subject"]]} for item in items]
-
-
-def _source(subject: Subject, roots: list[Path]) -> dict[str, str]:
-    return next(({"source": root.name} for root in roots if Path(subject.images[0]).is_relative_to(root)), {})
-
-
-def _counts(items: list[dict[str, Any]], exclusions: list[Exclusion], num_folds: int) -> dict[str, Any]:
-    by_fold = Counter(item["fold"] for item in items)
-    return {
-        "subjects": len(items),
-        "with_et": sum(item["has_et"] for item in items),
-        "excluded": len(exclusions),
-        "by_label_source": dict(sorted(Counter(item["label_source"] for item in items).items())),
-        "by_palette": dict(sorted(Counter(item["palette"] for item in items).items())),
-        "by_fold": [by_fold[fold] for fold in range(num_folds)],
-    }
+        items.append(item | (sources[0] if sources else {}))
+    return items
 
 
 def _relative(file: str, base: Path) -> str:
     return Path(os.path.relpath(file, base)).as_posix()
-
-
-def _absolute(file: str, base: Path) -> str:
-    return os.path.normpath(os.path.join(base, file))
 
 
 def _read_json(file: PathLike) -> dict[str, Any]:
@@ -294,14 +284,12 @@ def _strata(items: Iterable[Mapping[str, Any]], seed: int) -> dict[tuple[str, st
     for item in sorted(items, key=lambda item: item["subject"]):
         patients.setdefault(item.get("patient", item["subject"]), []).append(item)
     strata: dict[tuple[str, str, bool], list[list[str]]] = {}
-    for patient in sorted(patients, key=lambda name: (-len(patients[name]), _shuffle_key(name, seed))):
-        first = patients[patient][0]
-        stratum = strata.setdefault(
-            (str(first.get("source", "")), str(first["label_source"]), bool(first["has_et"])), []
-        )
-        stratum.append([item["subject"] for item in patients[patient]])
+
+    def order(name: str) -> tuple[int, bytes]:
+        return -len(patients[name]), hashlib.sha256(f"{seed}:{name}".encode()).digest()
+
+    for scans in (patients[patient] for patient in sorted(patients, key=order)):
+        first = scans[0]
+        stratum = (str(first.get("source", "")), str(first["label_source"]), bool(first["has_et"]))
+        strata.setdefault(stratum, []).append([item["subject"] for item in scans])
     return strata
-
-
-def _shuffle_key(name: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}:{name}".encode()).digest()

@@ -15,13 +15,13 @@ from typing import Any
 from ..files import FileError, UserError
 from .subject import (
     MODALITIES,
-    PALETTES,
     REQUIRED,
     Exclusion,
     Subject,
     SubjectError,
     check_required,
     missing_modalities,
+    palette_values,
 )
 
 LAYOUTS = ("utsw", "brats2021", "brats2023", "plain")
@@ -85,7 +85,7 @@ def role_of(name: str, layout: str) -> str | None:
     if layout == "utsw":
         return _UTSW_ROLES.get(stem(name))
     if layout == "plain":
-        return _plain_role(re.split(r"[_\-. ]+", stem(name)))
+        return _plain_role(_words(name))
     separator, roles = _CASE_SUFFIXES[layout]
     case, _, suffix = stem(name).rpartition(separator)
     return roles.get(suffix) if case else None
@@ -140,23 +140,15 @@ def subjects_from_names(
     root: str = "",
     subsets: bool = False,
 ) -> tuple[list[Subject], list[Exclusion]]:
-    """Pair files with modalities by name, one subject per folder.
+    """Pair files with modalities by name, one subject per folder; see `find_subjects`.
 
     Args:
         names: paths relative to the dataset folder, with forward slashes; a folder without files ends in a slash.
-        layout: one of `LAYOUTS`, or "auto" to recognise it folder by folder.
-        palette: key of `PALETTES`; by default that of the layout.
-        require_label: leave subjects without a mask out.
+        layout: as of `find_subjects`, and so are palette, require_label and subsets, returns and errors.
+        palette: see there.
+        require_label: see there.
         root: dataset folder, put in front of every path. Its own files are one subject if any names a modality.
-        subsets: take a subject that lacks modalities but has T1c or T2-FLAIR, for inference. Where a file's name leaves
-            open whether it is what seems to be missing, the subject is left out all the same.
-
-    Returns:
-        Subjects in order of their names, and the folders that are none.
-
-    Raises:
-        ValueError: unknown layout or palette.
-        SubjectError: two folders of the same name.
+        subsets: see there.
     """
     check_choices(layout, palette)
     subjects, exclusions = [], []
@@ -167,34 +159,26 @@ def subjects_from_names(
             subjects.append(_subject(name, path, files, layout, palette, require_label, subsets))
         except SubjectError as error:
             exclusions.append(Exclusion.of(error))
-    reject_namesakes(subjects)
-    return sorted(subjects, key=lambda s: s.name), sorted(exclusions, key=lambda e: (e.subject, e.file))
+    return _in_order(subjects, exclusions)
 
 
 def check_choices(layout: str, palette: str | None) -> None:
-    """Refuse unknown layouts and palettes.
-
-    Raises:
-        ValueError: naming what there is.
-    """
+    """Refuse unknown layouts and palettes, naming what there is."""
     if layout not in ("auto", *LAYOUTS):
         raise UserError(f"unknown layout {layout!r}: give one of {', '.join(('auto', *LAYOUTS))}.")
-    if palette is not None and palette not in PALETTES:
-        raise UserError(f"unknown palette {palette!r}: give one of {', '.join(PALETTES)}.")
+    if palette is not None:
+        palette_values(palette)
 
 
-def reject_namesakes(subjects: Iterable[Subject]) -> None:
-    """Refuse two subjects of one name: their results would overwrite one another.
-
-    Raises:
-        SubjectError: naming both folders.
-    """
+def _in_order(subjects: list[Subject], exclusions: list[Exclusion]) -> tuple[list[Subject], list[Exclusion]]:
+    """Sort by name; refuse two subjects of one name, as their results would overwrite one another."""
     folders: dict[str, str] = {}
     for subject in subjects:
         if subject.name in folders:
             reason = f"two folders hold a subject of this name, this one and {folders[subject.name]}"
             raise SubjectError(subject.name, subject.folder, reason, "Rename one, or give each folder once only")
         folders[subject.name] = subject.folder
+    return sorted(subjects, key=lambda s: s.name), sorted(exclusions, key=lambda e: (e.subject, e.file))
 
 
 def shorten(names: Iterable[str]) -> str:
@@ -269,10 +253,13 @@ def _subject(
     )
 
 
+def _words(name: str) -> list[str]:
+    return re.split(r"[_\-. ]+", stem(name))
+
+
 def _numbers(name: str) -> tuple[str, ...]:
     """Words with a digit that name no modality, such as that of a patient."""
-    words = re.split(r"[_\-. ]+", stem(name))
-    return tuple(word for word in words if re.search(r"\d", word) and not _plain_role([word]))
+    return tuple(word for word in _words(name) if re.search(r"\d", word) and not _plain_role([word]))
 
 
 def _doubtful(names: Iterable[str], layout: str, missing: Sequence[str]) -> list[str]:
@@ -280,7 +267,7 @@ def _doubtful(names: Iterable[str], layout: str, missing: Sequence[str]) -> list
 
     Names of masks are known, and so are the series that `comnet prepare` keeps beside what it has made of them.
     """
-    words = {name: re.split(r"[_\-. ]+", stem(name)) for name in names}
+    words = {name: _words(name) for name in names}
     prepared = "preparation.json" in words
     return [
         name
@@ -311,7 +298,9 @@ def find_subjects(
         layout: one of `LAYOUTS`, or "auto" to recognise it subject by subject.
         palette: key of `PALETTES`; by default that of the layout. Never guessed from voxels.
         require_label: leave subjects without a mask out.
-        subsets: see `subjects_from_names`; a subject given by files may be a subset always.
+        subsets: take a subject that lacks modalities but has T1c or T2-FLAIR, for inference. Where a file's name leaves
+            open whether it is what seems to be missing, the subject is left out all the same. A subject given by files
+            may be a subset always.
 
     Returns:
         Subjects (absolute paths) in order of their names, and the folders that are none.
@@ -338,8 +327,7 @@ def find_subjects(
             )
         subjects += found
         exclusions += left_out
-    reject_namesakes(subjects)
-    return sorted(subjects, key=lambda s: s.name), sorted(exclusions, key=lambda e: (e.subject, e.file))
+    return _in_order(subjects, exclusions)
 
 
 def subject_from_files(

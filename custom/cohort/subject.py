@@ -47,7 +47,7 @@ def palette_values(palette: str) -> dict[str, int]:
         ValueError: the palette has no such name.
     """
     if palette not in PALETTES:
-        raise UserError(f"unknown palette {palette!r}: choose one of {', '.join(PALETTES)}")
+        raise UserError(f"unknown palette {palette!r}: give one of {', '.join(PALETTES)}.")
     return PALETTES[palette]
 
 
@@ -75,16 +75,7 @@ class SubjectError(UserError):
 
 
 def check_required(subject: str, missing: Sequence[str], file: str) -> None:
-    """Refuse a subject without T1c and without T2-FLAIR.
-
-    Args:
-        subject: named in the error.
-        missing: keys of the modalities that are absent.
-        file: named in the error.
-
-    Raises:
-        SubjectError: saying what is missing, and what to add.
-    """
+    """Refuse a subject without T1c and without T2-FLAIR: an error that names subject and file, and what to add."""
     if set(REQUIRED) <= set(missing):
         reason = f"no {named_modalities(missing)}: without T1c and T2-FLAIR there is no tumour to outline"
         raise SubjectError(subject, file, reason, f"Add {named_modalities(REQUIRED).replace(', ', ' or ')}")
