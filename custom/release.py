@@ -19,7 +19,7 @@ import torch
 from . import __version__
 from .cohort import MODALITIES, REGIONS
 from .files import UserError, file_sha256, whole_file, write_text
-from .weights import PROVENANCE_KEY, TRUSTED, Checkpoint, CheckpointError, check_settings, read_checkpoint
+from .weights import NUMBERS, PROVENANCE_KEY, TRUSTED, Checkpoint, CheckpointError, check_settings, read_checkpoint
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -45,9 +45,10 @@ def check_version(version: str, bundle_root: str | os.PathLike = ".") -> str:
         VersionError: the imported package is another one.
     """
     own = Path(bundle_root, PACKAGE.name)
+    is_other = (own / "__init__.py").is_file() and own.resolve() != PACKAGE
     if version != __version__:
         difference = f"needs `custom` {version}, but {__version__}"
-    elif _is_other_package(own) and package_digest(own) != package_digest(PACKAGE):
+    elif is_other and package_digest(own) != package_digest(PACKAGE):
         difference = f"carries another build of `custom` {version} than the one that"
     else:
         return version
@@ -71,10 +72,6 @@ def package_digest(package: Path) -> str:
     return digest.hexdigest()
 
 
-def _is_other_package(own: Path) -> bool:
-    return (own / "__init__.py").is_file() and own.resolve() != PACKAGE
-
-
 logger = logging.getLogger("comnet")
 
 BUNDLES = ("comnet_mednext", "comnet_corrdiff", "comnet_ensemble")
@@ -83,7 +80,6 @@ WEIGHTS = {
     "comnet_corrdiff": "comnet/fold0/model.pt",
     "comnet_ensemble": "ensemble/model.pt",
 }
-NUMBERS = ("spacing", "patch_size", "mirror_axes", "num_folds")
 LARGE_FILE = 25 * 2**20
 EARLIEST = (1980, 1, 1, 0, 0, 0)
 NO_WEIGHTS = "No weights are distributed in this bundle: train them, or put a model.pt here.\n"
@@ -223,8 +219,14 @@ def _pack_bundle(bundle: Path, output: Path, weights: str | None, base_url: str)
     checkpoint = _checkpoint(bundle, weights)
     files = bundle_files(bundle, checkpoint, base_url)
     name = f"{bundle.name}_v{__version__}"
-    with whole_file(output / f"{name}.zip") as temporary:
-        _write_zip(temporary, {f"{bundle.name}/{inner}": content for inner, content in files.items()})
+    with (
+        whole_file(output / f"{name}.zip") as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        for inner in sorted(files):
+            entry = zipfile.ZipInfo(f"{bundle.name}/{inner}", EARLIEST)
+            entry.create_system, entry.external_attr = 3, 0o100644 << 16
+            archive.writestr(entry, files[inner])
     if "large_files.yml" not in files:
         return [f"{name}.zip"]
     with whole_file(output / f"{name}_model.pt") as temporary:
@@ -240,18 +242,11 @@ def _checkpoint(bundle: Path, weights: str | None) -> Path | None:
     return None
 
 
-def _write_zip(path: Path, files: Mapping[str, bytes]) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name in sorted(files):
-            entry = zipfile.ZipInfo(name, EARLIEST)
-            entry.create_system, entry.external_attr = 3, 0o100644 << 16
-            archive.writestr(entry, files[name])
-
-
 def _configs(bundle: Path) -> dict[str, dict[str, Any]]:
     """Read a bundle's configs; metadata, changelog and every config's guard must name the package's own version."""
     configs = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in bundle.glob("configs/*.json")}
-    guards = {name: config["path_setup"]["version"] for name, config in configs.items() if _has_guard(config)}
+    complete = {name: one for name, one in configs.items() if isinstance(one.get("path_setup"), dict)}
+    guards = {name: one["path_setup"]["version"] for name, one in complete.items()}
     metadata = configs.get("metadata.json", {})
     for name, version in {"metadata.json": metadata.get("version"), **guards}.items():
         if version != __version__:
@@ -262,10 +257,6 @@ def _configs(bundle: Path) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def _has_guard(config: Mapping[str, Any]) -> bool:
-    return isinstance(config.get("path_setup"), Mapping)
-
-
 def _with_settings(config: dict[str, Any], facts: Mapping[str, Any]) -> bytes:
     """Write into a complete config what the weights were made with; overlays and metadata stay as they are."""
     if "path_setup" in config:
@@ -274,10 +265,7 @@ def _with_settings(config: dict[str, Any], facts: Mapping[str, Any]) -> bytes:
 
 
 def config_text(config: Any, width: int = 120) -> str:
-    """Write a config as this repository's are written: JSON, one line for whatever fits into one.
-
-    A step of a transform list, a list of numbers or an override then reads as one thing.
-    """
+    """Write a config as this repository's are written: JSON, one line for whatever fits into one."""
     return _json_lines(config, "", width - 1) + "\n"
 
 

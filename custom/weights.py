@@ -150,9 +150,9 @@ class Checkpoint:
             file.seek(0)
             found = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            advice = "copy or train it again"
-            raise CheckpointError(f"{self.path} is not a readable checkpoint ({reason}): {advice}") from error
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            told = f"{self.path} is not a readable checkpoint ({reason}): copy or train it again"
+            raise CheckpointError(told) from error
         if not isinstance(found, Mapping):
             raise CheckpointError(f"{self.path} holds a {type(found).__name__}, not a state dict")
         if MODEL_KEY in found:
@@ -356,11 +356,8 @@ def _difference(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
     reshaped = [name for name in expected if name in found and expected[name].shape != found[name].shape]
-    parts = [
-        f"{len(names)} {kind} (first: {names[0]})"
-        for kind, names in (("missing", missing), ("unknown", unknown))
-        if names
-    ]
+    kinds = {"missing": missing, "unknown": unknown}
+    parts = [f"{len(names)} {kind} (first: {names[0]})" for kind, names in kinds.items() if names]
     if reshaped:
         name = reshaped[0]
         sizes = f"{tuple(found[name].shape)} in the file, {tuple(expected[name].shape)} in the network"
