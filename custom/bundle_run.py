@@ -177,8 +177,7 @@ def known_error(error: BaseException) -> UserError | None:
 
 def known_reason(error: BaseException) -> str | None:
     """Return the message of `known_error`."""
-    known = known_error(error)
-    return None if known is None else str(known)
+    return None if (known := known_error(error)) is None else str(known)
 
 
 @contextmanager

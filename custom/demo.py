@@ -78,15 +78,10 @@ def write_demo_report(run: Path, folders: Sequence[Path], remark: str = "") -> t
 
 
 def score(subject: Subject, results: Path, weights: Any) -> dict[str, float]:
-    """Dice of ET, TC and WT by region; NaN where the true region is empty.
-
-    Args:
-        subject: with a mask.
-        results: folder with its label map.
-        weights: the `Weights` that made the label map.
+    """Dice of a subject with a mask by region, from the label map in its folder; NaN where the true region is empty.
 
     Raises:
-        SubjectError: the weights were trained on the subject, or its mask is not what it should be.
+        SubjectError: the `Weights` were trained on the subject, or its mask is not what it should be.
     """
     import nibabel as nib
     import torch

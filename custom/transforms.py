@@ -17,7 +17,6 @@ from monai.transforms import (
     RandomizableTransform,
     Spacing,
     SpatialResample,
-    Transform,
 )
 from monai.transforms.inverse import InvertibleTransform
 from monai.utils import (
@@ -265,8 +264,3 @@ def subject_name(meta: Mapping[str, Any]) -> str:
         return str(meta["subject"])
     filename = str(meta.get("filename_or_obj", "subject")).replace("\\", "/").rsplit("/", 1)[-1]
     return filename.removesuffix(".gz").removesuffix(".nii")
-
-
-def output_name(meta: Mapping[str, Any], transform: Transform | None = None) -> dict[str, Any]:
-    """Name outputs by subject; given to MONAI's ``SaveImaged`` as ``output_name_formatter``."""
-    return {"subject": subject_name(meta), "idx": None}

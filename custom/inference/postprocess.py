@@ -185,30 +185,16 @@ class PostprocessRegions(Transform):
 
 
 class PostprocessRegionsd(MapTransform):
-    """Dictionary version of `PostprocessRegions`, whose arguments it takes.
-
-    `{"_target_": "custom.inference.PostprocessRegionsd", "keys": "pred", "palette": "brats2021"}`
+    """Dictionary version of `PostprocessRegions`.
 
     Args:
         keys: probabilities, each `[3, X, Y, Z]`; they become label maps `[1, X, Y, Z]` uint8.
-        thresholds: see `PostprocessRegions`.
-        min_volume_mm3: see `PostprocessRegions`.
-        fill_holes: see `PostprocessRegions`.
-        palette: see `PostprocessRegions`.
-        allow_missing_keys: pass over absent keys.
+        options: arguments of `PostprocessRegions`.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        thresholds: float | Sequence[float] = 0.5,
-        min_volume_mm3: float | Sequence[float] = 50.0,
-        fill_holes: bool | Sequence[bool] = (False, True, True),
-        palette: str = "brats2023",
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.postprocess = PostprocessRegions(thresholds, min_volume_mm3, fill_holes, palette)
+    def __init__(self, keys: KeysCollection, **options: Any) -> None:
+        super().__init__(keys)
+        self.postprocess = PostprocessRegions(**options)
 
     def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
         """Return a copy of `data` with label maps for the keys' probabilities; "erased" names regions now empty."""

@@ -20,7 +20,7 @@ from monai.utils import convert_to_numpy, ensure_tuple, get_equivalent_dtype
 from .. import __version__
 from ..cohort.volumes import image_at, image_like, write_whole
 from ..files import UserError
-from ..transforms import output_name
+from ..transforms import subject_name
 
 MARK = b"CoMNeT"
 
@@ -140,7 +140,7 @@ class SaveSubjectd(SaveImaged):
             output_dtype=np.uint8 if postfix == "seg" else np.float32,
             print_log=False,
             writer=NativeGridWriter,
-            output_name_formatter=output_name,
+            output_name_formatter=lambda meta, _: {"subject": subject_name(meta), "idx": None},
             folder_layout=SubjectLayout(output_dir, postfix),
         )
 

@@ -99,8 +99,8 @@ def write_absent(
     Args:
         root: dataset folder; made if absent.
         seeds: seed of each subject by its name; every fourth has no enhancing tumour.
-        shape: voxels along the stored axes.
-        spacing: voxel size in mm along the stored axes.
+        shape: as of `write_phantom`.
+        spacing: as of `write_phantom`.
 
     Returns:
         The folders of all of them.

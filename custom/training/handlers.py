@@ -233,12 +233,10 @@ class Resumer:
             logger.warning("to go on give more --max_epochs; %s", ANEW)
 
     def _check_settings(self, found: Mapping[str, Any]) -> None:
-        changed = [name for name in self.settings if name in found and found[name] != self.settings[name]]
+        pairs = {name: (found[name], asked) for name, asked in self.settings.items() if name in found}
+        changed = {name: f"{name} {old!r} instead of {asked!r}" for name, (old, asked) in pairs.items() if old != asked}
         if changed:
-            named = [
-                f"{name} {found[name]!r} instead of {self.settings[name]!r}" for name in changed if name != TRANSFORMS
-            ]
-            named += ["other transforms"] * (TRANSFORMS in changed)
+            named = (changed | ({TRANSFORMS: "other transforms"} if TRANSFORMS in changed else {})).values()
             raise CheckpointError(f"{self.path} was trained with {', '.join(named)}: ask for the same again, {ANEW}")
 
 

@@ -30,7 +30,7 @@ from custom.transforms import (
     ResampleToSpacingd,
     label_map_to_regions,
     nonzero_voxels,
-    output_name,
+    subject_name,
 )
 
 
@@ -223,7 +223,7 @@ def test_probability_zero_never_transforms():
 
 def test_outputs_are_named_by_subject_else_by_file(files, tmp_path):
     named = LoadSubjectd("image")({"image": files, "subject": "BT0001"})
-    assert output_name(named["image"].meta) == {"subject": "BT0001", "idx": None}
+    assert subject_name(named["image"].meta) == "BT0001"
     case = stack_files(files, tmp_path / "folder" / "case.nii.gz")
     assert LoadSubjectd("image")({"image": case})["subject"] == "case"
 
