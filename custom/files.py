@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import os
-import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,12 +82,6 @@ def lock_folder(folder: str | Path) -> None:
         os.close(handle)
         return
     _LOCKS[place] = handle
-
-
-def copy_file(source: str | Path, target: str | Path) -> None:
-    """Copy a file's content, whole or not at all."""
-    with whole_file(target) as temporary:
-        shutil.copyfile(source, temporary)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -47,28 +47,6 @@ class CheckpointError(UserError):
     """A checkpoint is missing, unreadable or made for another network; the message names the file and what to do."""
 
 
-class Provenance:
-    """What a set of weights is: where it came from and what it was trained on.
-
-    Saved beside the weights under the key ``provenance``, so that a checkpoint tells by itself which backbone, spacing
-    and subjects made it, and a subject that a fold trained on is never scored by that fold.
-
-    Args:
-        facts: plain values (text, numbers, lists of them), e.g. ``backbone``, ``spacing``, ``fold``, ``trained_on``.
-    """
-
-    def __init__(self, **facts: Any) -> None:
-        self.facts = facts
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the facts as plain values."""
-        return dict(self.facts)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the facts."""
-        self.facts = dict(state)
-
-
 def save_atomically(content: Any, path: str | Path) -> None:
     """Write ``content`` with ``torch.save`` to a temporary name in the same folder, then rename it to ``path``.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .checks import Scan, check_subject, read_scan, zero_background
+from .checks import check_subject, read_scan, zero_background
 from .cohort import Cohort
 from .datalist import assign_folds, build_datalist, exclusions_file, load_datalist, write_datalist
-from .layouts import LAYOUTS, find_subjects, subject_from_files, subjects_from_names
+from .layouts import find_subjects, subject_from_files, subjects_from_names
 from .subject import (
     MODALITIES,
     MODALITY_NAMES,
@@ -22,7 +22,6 @@ from .subject import (
 )
 
 __all__ = [
-    "LAYOUTS",
     "MODALITIES",
     "MODALITY_NAMES",
     "PALETTES",
@@ -31,7 +30,6 @@ __all__ = [
     "REQUIRED",
     "Cohort",
     "Exclusion",
-    "Scan",
     "Subject",
     "SubjectError",
     "assign_folds",

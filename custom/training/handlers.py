@@ -7,7 +7,9 @@ import json
 import logging
 import math
 import random
+import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,12 @@ from monai.transforms import Transform
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from ..files import copy_file, file_sha256
+from ..files import file_sha256, whole_file
 from ..weights import CheckpointError, save_atomically
 from .selection import EarlyStopHandler, unwrapped
 
 
+@dataclass(eq=False)
 class GradientClipper:
     """Clip the global gradient norm right before each optimiser step (paper, 3.3: maximum norm 1.0).
 
@@ -35,8 +38,7 @@ class GradientClipper:
         max_norm: largest L2 norm over all parameters.
     """
 
-    def __init__(self, max_norm: float = 1.0) -> None:
-        self.max_norm = max_norm
+    max_norm: float = 1.0
 
     def attach(self, engine: Engine) -> None:
         """Hook into the optimiser of a MONAI trainer for the length of its run."""
@@ -54,6 +56,7 @@ class GradientClipper:
         torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
 
 
+@dataclass(eq=False)
 class EpochSeeder:
     """Seed every source of randomness from (seed, epoch) when an epoch starts.
 
@@ -65,22 +68,18 @@ class EpochSeeder:
         dataset: its random transforms are seeded too.
     """
 
-    def __init__(self, seed: int, dataset: Dataset) -> None:
-        self.seed = seed
-        self.dataset = dataset
+    seed: int
+    dataset: Dataset
 
     def attach(self, engine: Engine) -> None:
         """Seed at the start of each epoch of ``engine``, before its data loader makes an iterator."""
         engine.add_event_handler(Events.EPOCH_STARTED, self._seed)
 
     def _seed(self, engine: Engine) -> None:
-        self.seed_epoch(engine.state.epoch)
-        sampler = getattr(engine.state.dataloader, "sampler", None)
-        if isinstance(sampler, DistributedSampler):
-            sampler.set_epoch(engine.state.epoch)
-
-    def seed_epoch(self, epoch: int) -> None:
         """Seed Python, NumPy, PyTorch and the dataset's transforms for one epoch; another stream for each rank."""
+        sampler, epoch = getattr(engine.state.dataloader, "sampler", None), engine.state.epoch
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(epoch)
         seed = int(np.random.SeedSequence([self.seed, epoch, idist.get_rank()]).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)
@@ -88,6 +87,7 @@ class EpochSeeder:
         set_rnd(self.dataset, seed=seed)
 
 
+@dataclass(eq=False)
 class ProgressBar:
     """One bar over a whole run of an engine, all epochs together, with time left and the newest figures.
 
@@ -97,16 +97,9 @@ class ProgressBar:
         validator: its key metric is shown when known.
     """
 
-    def __init__(
-        self,
-        description: str,
-        loss: Callable[[Any], float] | None = None,
-        validator: Engine | None = None,
-    ) -> None:
-        self.description = description
-        self.loss = loss
-        self.validator = validator
-        self.bar: Any = None
+    description: str
+    loss: Callable[[Any], float] | None = None
+    validator: Engine | None = None
 
     def attach(self, engine: Engine) -> None:
         """Follow ``engine``; only rank 0 draws."""
@@ -119,7 +112,7 @@ class ProgressBar:
         from tqdm import tqdm
 
         total = engine.state.max_epochs * engine.state.epoch_length
-        self.bar = tqdm(total=total, initial=engine.state.iteration, desc=self.description, dynamic_ncols=True)
+        self.bar: Any = tqdm(total=total, initial=engine.state.iteration, desc=self.description, dynamic_ncols=True)
 
     def _advance(self, engine: Engine) -> None:
         figures = {"epoch": f"{engine.state.epoch}/{engine.state.max_epochs}"} if engine.state.max_epochs > 1 else {}
@@ -282,4 +275,5 @@ class Publisher:
     def publish(self, engine: Engine) -> None:
         """Copy (rank 0 only); without a checkpoint, because no validation was due, there is nothing to do."""
         if idist.get_rank() == 0 and self.source.is_file():
-            copy_file(self.source, self.target)
+            with whole_file(self.target) as temporary:
+                shutil.copyfile(self.source, temporary)

@@ -6,6 +6,7 @@ A score on subjects that a choice has touched is no unbiased one. The paper choo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ignite.distributed as idist
@@ -17,12 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..cohort.datalist import assign_folds
 from ..files import UserError
-from ..weights import MODEL_KEY, PROVENANCE_KEY, Provenance, Weights, save_atomically
+from ..weights import MODEL_KEY, PROVENANCE_KEY, Weights, save_atomically
 
 RULES = ("paper", "inner", "last")
 Item = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
 class Selection:
     """Subjects to train on and to choose the epoch on.
 
@@ -37,12 +39,13 @@ class Selection:
         UserError: no such rule.
     """
 
-    def __init__(self, rule: str = "paper", num_folds: int = 5, seed: int = 0) -> None:
-        if rule not in RULES:
-            raise UserError(f"no selection {rule!r}: choose one of {', '.join(RULES)}")
-        self.rule = rule
-        self.num_folds = num_folds
-        self.seed = seed
+    rule: str = "paper"
+    num_folds: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise UserError(f"no selection {self.rule!r}: choose one of {', '.join(RULES)}")
 
     def training(self, items: Sequence[Item]) -> list[Item]:
         """Return those of a fold's training ``items`` to train on.
@@ -86,7 +89,7 @@ class CheckpointSaver:
     Args:
         path: the checkpoint.
         network: what is saved.
-        provenance: what is saved beside it.
+        provenance: what is saved beside it: plain values that say what the weights are, from what, and by whom seen.
         validator: evaluator whose key metric decides, larger is better; not asked for ``"last"``.
         selection: see :class:`Selection`.
         momentum: for ``"last"``, share of the newest weights in a running average after each step: 1 saves those of the
@@ -98,7 +101,7 @@ class CheckpointSaver:
         self,
         path: str,
         network: nn.Module,
-        provenance: Provenance,
+        provenance: Mapping[str, Any],
         validator: Engine,
         selection: str = "paper",
         momentum: float = 1.0,
@@ -130,7 +133,7 @@ class CheckpointSaver:
             self._start_average()
         if selected and idist.get_rank() == 0:
             network = self.network if self.average is None else self.average.ema_model
-            content = {MODEL_KEY: network.state_dict(), PROVENANCE_KEY: self.provenance.state_dict()}
+            content = {MODEL_KEY: network.state_dict(), PROVENANCE_KEY: dict(self.provenance)}
             save_atomically(content, self.path)
 
     def _start_average(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .builder import EnsembleBuilder, OutOfFoldDice, check_own_backbone, gather_parts
+from .builder import EnsembleBuilder, OutOfFoldDice
 from .choice import Choice, Grid, best_settings, choose, cross_fit, score_region
 
 __all__ = [
@@ -11,9 +11,7 @@ __all__ = [
     "Grid",
     "OutOfFoldDice",
     "best_settings",
-    "check_own_backbone",
     "choose",
     "cross_fit",
-    "gather_parts",
     "score_region",
 ]

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ignite.engine import Engine, Events
 from monai.data import Dataset
 from monai.transforms import Transform
 from monai.utils import convert_to_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import __version__
 from ..cohort import REGIONS
@@ -29,7 +29,7 @@ from ..comnet import CoMNeT
 from ..files import UserError, file_sha256, write_text
 from ..inference.inferers import describe
 from ..metrics import PAPER, may_infer
-from ..weights import Checkpoint, CheckpointError, Provenance, fold_checkpoint, save_atomically
+from ..weights import Checkpoint, CheckpointError, fold_checkpoint, save_atomically
 from .choice import DEFAULT_THRESHOLD, DEFAULT_VOLUME_MM3, Choice, Grid, choose
 
 logger = logging.getLogger("comnet")
@@ -76,7 +76,7 @@ class EnsembleBuilder:
         postprocessing: Transform,
         backbones_dir: str,
         models_dir: str,
-        provenance: Provenance,
+        provenance: Mapping[str, Any],
         correctors_dir: str | None = None,
         corrector_fold: int = 0,
         try_thresholds: Sequence[float] = (DEFAULT_THRESHOLD,),
@@ -112,8 +112,8 @@ class EnsembleBuilder:
             ValueError: a subject cannot be read; names it.
             OSError: ``models_dir`` cannot be written.
         """
-        facts = self.provenance.state_dict()
-        facts = gather_parts(self.network, facts, self.backbones_dir, self.correctors_dir, self.corrector_fold)
+        parts = (self.backbones_dir, self.correctors_dir, self.corrector_fold)
+        facts = gather_parts(self.network, self.provenance, *parts)
         if self.tune:
             choices = self._choose(facts["selection"])
         else:
@@ -237,6 +237,7 @@ def check_own_backbone(correctors_dir: str | Path, backbones_dir: str | Path, fo
 Item = Mapping[str, Any]
 
 
+@dataclass(eq=False)
 class OutOfFoldDice:
     """Table of Dice over subjects, regions, maps (coarse and refined), thresholds and smallest components.
 
@@ -255,25 +256,15 @@ class OutOfFoldDice:
         amp: whether the corrector runs in mixed precision.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        postprocessing: Transform,
-        grid: Grid,
-        cache_dir: str | Path,
-        corrector: nn.Module | None = None,
-        correctors_dir: str | Path | None = None,
-        amp: bool = False,
-    ) -> None:
-        self.dataset = dataset
-        self.postprocessing = postprocessing
-        self.grid = grid
-        self.cache_dir = Path(cache_dir)
-        self.corrector: Any = corrector
-        self.correctors_dir = correctors_dir
-        self.amp = amp
-        self._loaded: int | None = None
-        self._seen: frozenset[str] = frozenset()
+    dataset: Dataset
+    postprocessing: Transform
+    grid: Grid
+    cache_dir: Path
+    corrector: Any = None
+    correctors_dir: str | Path | None = None
+    amp: bool = False
+    _loaded: int | None = field(default=None, init=False)
+    _seen: frozenset[str] = field(default=frozenset(), init=False)
 
     @property
     def folds(self) -> list[int]:

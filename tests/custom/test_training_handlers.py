@@ -23,7 +23,7 @@ from custom.training import (
     Selection,
     ValidationHandler,
 )
-from custom.weights import CheckpointError, Provenance, read_checkpoint, save_atomically
+from custom.weights import CheckpointError, read_checkpoint, save_atomically
 
 
 class Validator:
@@ -74,7 +74,7 @@ def build(
     dataset = Dataset(data, RandGaussianNoised("image", prob=0.5, std=noise))
     validator = Validator(scores)
     stopper = EarlyStopHandler(patience, validator.engine, selection)
-    facts = Provenance(selection=selection)
+    facts = {"selection": selection}
     saver = CheckpointSaver(str(folder / "model.pt"), network, facts, validator.engine, selection, momentum=0.25)
     objects = {"model": network, "optimizer": optimizer, "scheduler": scheduler, "saver": saver}
     schedule = LrScheduleHandler(scheduler, print_lr=False)
@@ -215,7 +215,7 @@ def test_a_running_average_is_saved_after_each_epoch_from_the_first_candidate_on
     network, path = nn.Conv3d(1, 1, 1, bias=False), tmp_path / "model.pt"
     steps = iter([5.0, 7.0, 1.0, 1.0, 3.0, 3.0])
     engine = Engine(lambda engine, batch: nn.init.constant_(network.weight, next(steps)))
-    saver = CheckpointSaver(str(path), network, Provenance(fold=2), Engine(print), "last", momentum=0.25, after=1)
+    saver = CheckpointSaver(str(path), network, {"fold": 2}, Engine(print), "last", momentum=0.25, after=1)
     saver.attach(engine)
     saved = []
     record = lambda: saved.append(saved_weight(path) if path.exists() else None)  # noqa: E731
@@ -230,7 +230,7 @@ def test_a_share_of_one_saves_the_last_epoch_itself(tmp_path):
     network = nn.Conv3d(1, 1, 1, bias=False)
     steps = iter([5.0, 7.0])
     engine = Engine(lambda engine, batch: nn.init.constant_(network.weight, next(steps)))
-    CheckpointSaver(str(tmp_path / "model.pt"), network, Provenance(), Engine(print), "last").attach(engine)
+    CheckpointSaver(str(tmp_path / "model.pt"), network, {}, Engine(print), "last").attach(engine)
     engine.run([0], max_epochs=2)
     assert saved_weight(tmp_path / "model.pt") == 7.0
 
@@ -239,7 +239,7 @@ def test_weights_that_are_loaded_when_training_starts_are_where_the_average_star
     network = nn.Conv3d(1, 1, 1, bias=False)
     engine = Engine(lambda engine, batch: None)
     engine.add_event_handler(Events.STARTED, lambda: nn.init.constant_(network.weight, 4.0))
-    CheckpointSaver(str(tmp_path / "model.pt"), network, Provenance(), Engine(print), "last", 0.01).attach(engine)
+    CheckpointSaver(str(tmp_path / "model.pt"), network, {}, Engine(print), "last", 0.01).attach(engine)
     engine.run([0], max_epochs=1)
     assert saved_weight(tmp_path / "model.pt") == pytest.approx(4.0)
 

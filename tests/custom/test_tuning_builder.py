@@ -13,7 +13,6 @@ from custom.comnet import CoMNeT
 from custom.tuning import EnsembleBuilder, OutOfFoldDice
 from custom.weights import (
     CheckpointError,
-    Provenance,
     Weights,
     fold_checkpoint,
     read_checkpoint,
@@ -97,7 +96,7 @@ def write(folder, fold, module, facts) -> None:
 
 
 def builder(run_dir, dataset=None, **options) -> EnsembleBuilder:
-    facts = Provenance(backbone="conv", corrector="shift", spacing=[1.0, 1.0, 1.0], refine_each_fold=False, notes="")
+    facts = {"backbone": "conv", "corrector": "shift", "spacing": [1.0] * 3, "refine_each_fold": False, "notes": ""}
     settings = {
         "correctors_dir": str(run_dir / "comnet"),
         "try_thresholds": THRESHOLDS,
@@ -209,7 +208,7 @@ def test_only_what_has_changed_is_measured_again(run_dir):
 
 def test_parts_that_do_not_belong_together_are_refused(run_dir):
     with pytest.raises(CheckpointError, match=r"fold0.model.pt was trained with spacing \[1.0, .*set spacing to that"):
-        builder(run_dir, provenance=Provenance(spacing=[2.0, 2.0, 2.0])).run()
+        builder(run_dir, provenance={"spacing": [2.0, 2.0, 2.0]}).run()
     write(run_dir / "mednext", 1, nn.Conv3d(4, 3, 1), {})
     with pytest.raises(
         CheckpointError, match=r"comnet.fold1.model.pt was trained with another backbone than .*mednext"
@@ -246,7 +245,7 @@ def test_a_network_that_returns_nan_is_named(run_dir):
 def test_what_cannot_be_built_is_refused(run_dir):
     with pytest.raises(ValueError, match="network has no corrector"):
         bare = CoMNeT(lambda: nn.Conv3d(4, 3, 1), FOLDS)
-        EnsembleBuilder(bare, Subjects(run_dir), to_probabilities, "", "", Provenance(), correctors_dir="somewhere")
+        EnsembleBuilder(bare, Subjects(run_dir), to_probabilities, "", "", {}, correctors_dir="somewhere")
     with pytest.raises(ValueError, match="max_epochs is 50: .*one pass"):
         builder(run_dir, max_epochs=50)
     with pytest.raises(ValueError, match="no subject to tune on"):

@@ -16,7 +16,6 @@ from custom.files import UserError
 from custom.release import release_weights
 from custom.weights import (
     CheckpointError,
-    Provenance,
     Weights,
     WeightsLoader,
     fold_checkpoint,
@@ -42,7 +41,7 @@ def opens(*paths):
 
 
 def save(path, network, **facts):
-    save_atomically({"model": network.state_dict(), "provenance": Provenance(**facts).state_dict()}, path)
+    save_atomically({"model": network.state_dict(), "provenance": facts}, path)
     return path
 
 
