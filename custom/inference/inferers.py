@@ -57,19 +57,21 @@ class WholeVolumeInferer(Inferer):
     ) -> torch.Tensor:
         """Infer ``[B, C, *spatial]`` of any size; the result has the same spatial size and, if any, metadata."""
         network = network if self.execution is None else self.execution(network)
-        output = self.infer(inputs, network, *args, **kwargs)
+
+        def run(image: torch.Tensor) -> torch.Tensor:
+            return self.infer(image, lambda part: network(part, *args, **kwargs))
+
+        output = run(inputs)
         for axis in self.mirror_axes:
-            output = output + self.infer(inputs.flip(2 + axis), network, *args, **kwargs).flip(2 + axis)
+            output = output + run(inputs.flip(2 + axis)).flip(2 + axis)
         return output / (1 + len(self.mirror_axes)) if self.mirror_axes else output
 
-    def infer(
-        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def infer(self, inputs: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Infer without mirroring, by a network that is ready to be called."""
         image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         padding = [(-size) % self.divisor for size in image.shape[2:]]
         padded = F.pad(image, [amount for size in reversed(padding) for amount in (size // 2, size - size // 2)])
-        output = network(padded, *args, **kwargs)
+        output = network(padded)
         for axis, (size, amount) in enumerate(zip(image.shape[2:], padding, strict=True), start=2):
             output = output.narrow(axis, amount // 2, size)
         return convert_to_dst_type(output, inputs)[0] if isinstance(inputs, MetaTensor) else output
@@ -101,19 +103,15 @@ class FewWindowsInferer(WholeVolumeInferer):
         self.patch_size = tuple(patch_size)
         self.overlap = overlap
 
-    def infer(
-        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def infer(self, inputs: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Infer without mirroring, by a network that is ready to be called."""
         size = inputs.shape[2:]
         window, counts = self.plan(size)
         if math.prod(counts) == 1:
-            return super().infer(inputs, network, *args, **kwargs)
+            return super().infer(inputs, network)
         steps = [-(-(full - one) // max(1, n - 1)) for full, one, n in zip(size, window, counts, strict=True)]
         overlap = [1 - (max(step, 1) + 0.5) / one for step, one in zip(steps, window, strict=True)]  # MONAI rounds down
-        return sliding_window_inference(
-            inputs, window, 1, lambda part: network(part, *args, **kwargs), overlap, BlendMode.GAUSSIAN
-        )
+        return sliding_window_inference(inputs, window, 1, network, overlap, BlendMode.GAUSSIAN)
 
     def plan(self, size: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the window for a spatial size, and the number of windows along each axis.

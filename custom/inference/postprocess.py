@@ -156,14 +156,16 @@ class PostprocessRegions(Transform):
             ValueError: the shape is another one, or a value is NaN or outside [0, 1] (logits, for instance).
         """
         regions = self._threshold(convert_to_tensor(probabilities, track_meta=False))
-        cleaned = clean_regions(
-            regions, [self._min_voxels(probabilities, v) for v in self.min_volume_mm3], self.fill_holes
-        )
+        voxel_mm3, meta = 1.0, {}
+        if isinstance(probabilities, MetaTensor):
+            voxel_mm3, meta = abs(np.linalg.det(np.asarray(probabilities.affine)[:3, :3])), probabilities.meta
+        fewest = [math.ceil(volume / voxel_mm3 - 1e-3) for volume in self.min_volume_mm3]
+        cleaned = clean_regions(regions, fewest, self.fill_holes)
         pairs = zip(REGIONS, regions, cleaned, strict=True)
         self.erased = [name for name, before, after in pairs if before.any() and not after.any()]
         if self.erased:
-            regions_lost = " and ".join(self.erased)
-            logger.warning("%s: %s had only small components and is now empty", _name(probabilities), regions_lost)
+            name, lost = meta.get("filename_or_obj", "subject"), " and ".join(self.erased)
+            logger.warning("%s: %s had only small components and is now empty", name, lost)
         return convert_to_dst_type(regions_to_label_map(cleaned, self.palette)[None], probabilities, dtype=np.uint8)[0]
 
     def _threshold(self, probabilities: torch.Tensor) -> np.ndarray:
@@ -176,12 +178,6 @@ class PostprocessRegions(Transform):
             raise ValueError(f"probabilities run from {lowest} to {highest}: apply a sigmoid first, and look for NaN")
         thresholds = torch.as_tensor(self.thresholds, dtype=probabilities.dtype, device=probabilities.device)
         return (probabilities >= thresholds.view(3, 1, 1, 1)).cpu().numpy()
-
-    def _min_voxels(self, probabilities: NdarrayOrTensor, volume_mm3: float) -> int:
-        voxel_mm3 = 1.0
-        if isinstance(probabilities, MetaTensor):
-            voxel_mm3 = abs(np.linalg.det(np.asarray(probabilities.affine)[:3, :3]))
-        return math.ceil(volume_mm3 / voxel_mm3 - 1e-3)
 
 
 class PostprocessRegionsd(MapTransform):
@@ -207,7 +203,3 @@ class PostprocessRegionsd(MapTransform):
 
 def _per_region(value: Any) -> tuple:
     return ensure_tuple_rep(value, len(REGIONS))
-
-
-def _name(array: NdarrayOrTensor) -> str:
-    return str(array.meta.get("filename_or_obj", "subject")) if isinstance(array, MetaTensor) else "subject"

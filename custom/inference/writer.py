@@ -68,7 +68,8 @@ class NativeGridWriter(NibabelWriter):
         original_affine, self.affine, _ = self.get_meta_info(meta_dict)
         if resample and original_affine is not None:
             super().set_metadata(meta_dict, resample=True, **options)
-        self.source = _source(meta_dict)
+        names = ensure_tuple((meta_dict or {}).get("filename_or_obj"))
+        self.source = Path(names[0]) if names and isinstance(names[0], (str, os.PathLike)) else None
 
     def write(self, filename: PathLike, verbose: bool = False, **obj_kwargs: Any) -> None:
         """Write `filename`, ending in .nii or .nii.gz.
@@ -87,7 +88,11 @@ class NativeGridWriter(NibabelWriter):
         Raises:
             ValueError: the array is not on the grid of the source file, or a label does not fit uint8.
         """
-        array = _cast(convert_to_numpy(self.data_obj), np.dtype(self.output_dtype))
+        data = convert_to_numpy(self.data_obj)
+        with np.errstate(invalid="ignore"):
+            array = data.astype(self.output_dtype)
+        if array.dtype == np.uint8 and not np.array_equal(array, data):
+            raise ValueError(f"labels from {data.min()} to {data.max()} are not whole numbers of 0 to 255")
         affine = np.eye(4) if self.affine is None else convert_to_numpy(self.affine)
         header = _read_header(self.source)
         if header is None:
@@ -155,11 +160,6 @@ def is_ours(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def _source(meta: Mapping | None) -> Path | None:
-    names = ensure_tuple((meta or {}).get("filename_or_obj"))
-    return Path(names[0]) if names and isinstance(names[0], (str, os.PathLike)) else None
-
-
 def _read_header(source: Path | None) -> nib.Nifti1Header | None:
     if source is None:
         return None
@@ -168,14 +168,6 @@ def _read_header(source: Path | None) -> nib.Nifti1Header | None:
     except (OSError, nib.filebasedimages.ImageFileError):
         return None
     return header if isinstance(header, nib.Nifti1Header) else None
-
-
-def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    with np.errstate(invalid="ignore"):
-        cast = array.astype(dtype)
-    if dtype == np.uint8 and not np.array_equal(cast, array):
-        raise ValueError(f"labels from {array.min()} to {array.max()} are not whole numbers of 0 to 255")
-    return cast
 
 
 def _check_grid(shape: tuple[int, ...], affine: np.ndarray, header: nib.Nifti1Header, source: Path | None) -> None:
