@@ -163,7 +163,7 @@ def validate(
         unknown_labels: "exclude" subjects with undocumented labels, or take them as "background".
         allow_empty_mask: keep subjects whose mask holds no tumour.
     """
-    cohort = {"layout": layout, "palette": palette, "unknown_labels": unknown_labels}
+    cohort: dict[str, Any] = {"layout": layout, "palette": palette, "unknown_labels": unknown_labels}
     cohort |= {"allow_empty_mask": allow_empty_mask, "rebuild": True}
     run_bundle(
         "comnet_mednext",
@@ -347,8 +347,9 @@ def demo(data: str | None = None, output_dir: str = "runs/demo", seed: int = 0, 
     run = _path(output_dir)
     folders = [_path(data)] if data else write_phantoms(run / "phantoms", num_subjects, seed)
     code: Any = 0
+    options: dict[str, Any] = {"cohort#show_masks": True}
     try:
-        segment(*map(str, folders), output_dir=str(run / "segmented"), **{"cohort#show_masks": True})
+        segment(*map(str, folders), output_dir=str(run / "segmented"), **options)
     except SystemExit as leave:  # some failed: the report tells of the others
         code = leave.code
     page, table = write_demo_report(run, folders, "" if data else PHANTOM_REMARK)
@@ -385,9 +386,9 @@ def as_typed(command: Callable[..., None]) -> Callable[..., None]:
     """Have Fire leave names and paths as they were typed: else `2023_01` becomes a number and `a,b` a tuple."""
     from fire import decorators, parser
 
-    parameters = inspect.signature(command).parameters
+    parameters: Mapping[str, inspect.Parameter] = inspect.signature(command).parameters
     if command is segment:  # those of studies are among its overrides
-        parameters = inspect.signature(prepare).parameters | parameters
+        parameters = {**inspect.signature(prepare).parameters, **parameters}
     numbers = {
         name: parser.DefaultParseValue
         for name, parameter in parameters.items()

@@ -149,7 +149,7 @@ class Exclusion:
     @classmethod
     def of(cls, error: SubjectError) -> Exclusion:
         """Exclusion for the subject that `error` complains of."""
-        return cls(error.subject, error.file, error.reason, error.remedy)
+        return cls(*error.args)
 
     def __str__(self) -> str:
         """All four on one line."""

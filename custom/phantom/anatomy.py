@@ -94,8 +94,7 @@ class Brain:
         return points / self.stretch + np.float32(1.8) * warp
 
     def _parts(self, p: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        mirrored = np.abs(p)
-        mirrored[1:] = p[1:]
+        mirrored = mirror(p)
         egg = mirrored.copy()
         egg[0] *= 1 + 0.15 * p[1] / 86
         upper = ellipsoid(egg, (7, -2, 6), (62, 87, 56))
@@ -134,8 +133,7 @@ class Brain:
         return np.minimum(midline, np.minimum(sylvian, insula))
 
     def _ventricles(self, p: np.ndarray) -> np.ndarray:
-        mirrored = np.abs(p)
-        mirrored[1:] = p[1:]
+        mirrored = mirror(p)
         distance = capsule(p, (0, -38, -28), (0, -40, -40), (3.5, 4.5))
         third = ellipsoid(p, (0, -8, 0), (2.2, 15, 11))
         distance = np.minimum(distance, third)
@@ -145,9 +143,7 @@ class Brain:
         return np.maximum(distance, 1.0 - np.abs(p[0])) if self.ventricle_size < 0 else distance
 
     def _nuclei(self, p: np.ndarray) -> np.ndarray:
-        mirrored = np.abs(p)
-        mirrored[1:] = p[1:]
-        return np.minimum.reduce([ellipsoid(mirrored, centre, radii) for centre, radii in NUCLEI])
+        return np.minimum.reduce([ellipsoid(mirror(p), centre, radii) for centre, radii in NUCLEI])
 
 
 NODES = 48
@@ -184,6 +180,11 @@ class SmoothField:
     def sheet(self, points: np.ndarray) -> np.ndarray:
         """Approximate distance in mm to the surface on which the field is zero, [n]."""
         return np.abs(self(points)) / self.slope
+
+
+def mirror(points: np.ndarray) -> np.ndarray:
+    """Points [3, n] with those on the left brought to the right."""
+    return np.concatenate([np.abs(points[:1]), points[1:]])
 
 
 def ellipsoid(points: np.ndarray, centre: Sequence[float], radii: Sequence[float]) -> np.ndarray:
