@@ -40,13 +40,10 @@ Record = dict[str, Any]
 
 
 class Records:
-    """The output folder of a batch.
+    """The output folder of a batch, made if absent.
 
     For each subject it holds ``<subject>/<subject>_seg.nii.gz``, a QC picture and ``record.json``, which is written
     last: a subject counts as done only when everything of it is there. ``weights.txt`` marks the folder as a batch's.
-
-    Args:
-        output_dir: folder of all outputs; made if absent.
     """
 
     def __init__(self, output_dir: str | os.PathLike[str]) -> None:

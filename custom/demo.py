@@ -21,16 +21,10 @@ PHANTOM_REMARK = "Phantoms are simulated: that they are segmented well or badly 
 
 
 def write_phantoms(folder: Path, num_subjects: int, seed: int = 0, **geometry: Any) -> list[Path]:
-    """Write those phantoms that are not there yet.
+    """Write those of the phantoms `phantom_<seed>_1`, … that are not there yet; return the subjects' folders.
 
-    Args:
-        folder: where to write phantom_<seed>_1, phantom_<seed>_2, …
-        num_subjects: how many.
-        seed: another seed gives other phantoms, of other names, and none that weights were trained on.
-        geometry: shape and spacing, see `write_absent`; by default `GEOMETRY`.
-
-    Returns:
-        The subjects' folders.
+    Another seed gives other phantoms, of other names, and none that weights were trained on. `geometry` is shape and
+    spacing, see `write_absent`; by default `GEOMETRY`.
     """
     return write_absent(folder, cohort_seeds(num_subjects, seed, names=f"phantom_{seed}_{{}}"), **GEOMETRY | geometry)
 
@@ -47,9 +41,6 @@ def write_demo_report(run: Path, folders: Sequence[Path], remark: str = "") -> t
 
     Returns:
         The page, and the table as text: volumes in ml, and Dice.
-
-    Raises:
-        UserError: the folders hold no subject.
     """
     from .bundle_run import bundle_root
     from .report import write_segment_report

@@ -28,14 +28,8 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
 def run_demo(run: Path, seed: int = 0, num_subjects: int = 10, num_held_out: int = 4) -> Path:
     """Cross-validate the three models on phantoms, and score each step from one backbone to the whole on others.
 
-    Args:
-        run: folder for subjects, weights, masks, scores and reports; a stopped demo goes on from there.
-        seed: seed of everything.
-        num_subjects: phantoms that the five folds share.
-        num_held_out: phantoms that no fold sees.
-
-    Returns:
-        The report of the steps.
+    A stopped demo goes on from what is in `run`. The five folds share `num_subjects` phantoms; `num_held_out` others
+    are seen by none. Returns the report of the steps.
     """
     write_absent(run / "subjects", cohort_seeds(num_subjects, seed), **GEOMETRY)
     write_absent(run / "held_out", cohort_seeds(num_held_out, seed + 1, first_id=9001), **GEOMETRY)

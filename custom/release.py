@@ -133,10 +133,7 @@ def pack(
 def bundle_files(bundle: Path, checkpoint: Path | None = None, base_url: str = "") -> dict[str, bytes]:
     """Collect what a bundle's zip holds: names within the bundle, and contents.
 
-    Args:
-        bundle: the bundle's folder.
-        checkpoint: weights to ship as `models/model.pt`.
-        base_url: address of the release's files, to fetch large weights from.
+    `checkpoint` is shipped as `models/model.pt`; if it is large, it is fetched from `base_url`, the release's address.
 
     Raises:
         PackingError: see `pack`.

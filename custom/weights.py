@@ -48,7 +48,7 @@ class CheckpointError(UserError):
 
 
 def save_atomically(content: Any, path: str | Path) -> None:
-    """Write ``content`` with ``torch.save`` to a temporary name in the same folder, then rename it to ``path``.
+    """Write ``content`` with ``torch.save``, whole or not at all.
 
     Raises:
         OSError: the folder cannot be written; no partial file is left.
@@ -298,11 +298,7 @@ def fold_checkpoint(weights_dir: str | Path, fold: int) -> Path:
 
 
 def check_settings(facts: Mapping[str, Any], path: str | Path) -> None:
-    """Refuse what would run as code once it stands in a config.
-
-    Args:
-        facts: provenance of weights.
-        path: where they are, for the message.
+    """Refuse what would run as code once it stands in a config; ``facts`` are the provenance of weights at ``path``.
 
     Raises:
         CheckpointError: a network that is none of CoMNeT's or MONAI's, or numbers that are none.

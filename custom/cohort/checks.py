@@ -367,16 +367,10 @@ logger = logging.getLogger("comnet")
 def check_subjects(
     subjects: Sequence[Subject], num_workers: int | None = None, progress: bool = False, **options: Any
 ) -> tuple[list[tuple[Subject, dict[str, Any]]], list[Exclusion]]:
-    """Run `check_subject` over all subjects in threads (unpacking and hashing let go of the interpreter lock).
+    """Run `check_subject`, with `options`, over all subjects in threads: unpacking lets go of the interpreter lock.
 
-    Args:
-        subjects: what to check.
-        num_workers: threads; by default one per processor core, at most 4, as each holds a subject's images in memory.
-        progress: show a bar with the time left on a terminal.
-        options: passed on to `check_subject`.
-
-    Returns:
-        Good subjects with their facts, and exclusions, both in the order of `subjects`.
+    By default there is a thread a core, at most 4, as each holds a subject's images in memory; `progress` is a bar on a
+    terminal. Returns good subjects with their facts, and exclusions, both in the order of `subjects`.
     """
 
     def check(subject: Subject) -> dict[str, Any] | Exclusion:
@@ -406,13 +400,9 @@ def log_outcome(
     source: str,
     report: Path | None = None,
 ) -> None:
-    """Log how many subjects were kept, and as warnings what was excluded or is odd.
+    """Log how many subjects of `source` were kept, and as warnings what was excluded or is odd.
 
-    Args:
-        kept: subjects with their facts.
-        exclusions: what was left out.
-        source: the dataset, named in each line.
-        report: file that lists all exclusions, if one is written; the datalist beside it then has all warnings.
+    `report` is the file that lists all exclusions, if one is written; the datalist beside it then has all warnings.
 
     Raises:
         UserError: nothing was kept; quotes the first exclusions.

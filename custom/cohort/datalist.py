@@ -88,16 +88,13 @@ def write_datalist(
     datalist_file: PathLike,
     dataset_dir: DatasetDir | None = None,
 ) -> Path:
-    """Write `datalist_file`, and next to it the exclusions (a header only when there are none), each whole or not.
+    """Write `datalist_file` and next to it the exclusions, each whole or not at all; return the path of these.
 
     Args:
         datalist: as `build_datalist` returns it.
-        exclusions: what was left out.
+        exclusions: what was left out; for none there is a table with a header only.
         datalist_file: JSON to write.
         dataset_dir: the dataset it was built from; remembered relative to the datalist, see `dataset_of`.
-
-    Returns:
-        Path of the exclusion report.
     """
     path = Path(datalist_file)
     if dataset_dir is not None:
@@ -112,12 +109,9 @@ def _write_exclusions(exclusions: Iterable[Exclusion], report: Path) -> None:
 
 
 def copy_datalist(source: PathLike, target: PathLike, dataset_dir: PathLike | None = None) -> Path:
-    """Copy a datalist, so that it still knows where its dataset is; return the dataset's folder.
+    """Copy a datalist, so that it still knows where its dataset is, by default where `source` says; return that folder.
 
-    Args:
-        source: datalist to copy.
-        target: file to write; left alone where it would not change.
-        dataset_dir: the dataset's folder, by default what `source` remembers.
+    `target` is left alone where it would not change.
 
     Raises:
         ValueError: no JSON, no items, or the folder is neither remembered nor given.
@@ -251,18 +245,15 @@ def assign_folds(items: Iterable[Mapping[str, Any]], num_folds: int = 5, seed: i
     machine nor the version of any library matters. Each goes to the fold that has fewest of the stratum, then fewest
     in all. Where each patient has one scan, folds differ by at most one subject in every stratum and over all; scans
     of one patient ("patient", by default the subject itself) stay together whatever the balance, as a patient on both
-    sides of a split would leak.
+    sides of a split would leak. More folds than patients leave folds empty.
 
     Args:
         items: each with "subject", "label_source", "has_et" and perhaps "patient" and "source" (its dataset).
-        num_folds: at least 1. More folds than patients leave folds empty.
+        num_folds: at least 1, else a UserError.
         seed: another seed deals another hand.
 
     Returns:
         Fold (0 to `num_folds` - 1) of each subject.
-
-    Raises:
-        ValueError: `num_folds` below 1.
     """
     if num_folds < 1:
         raise UserError(f"num_folds is {num_folds}: give at least 1.")

@@ -72,11 +72,8 @@ def stack_files(images: Sequence[str], output: str | Path, subject: str = "subje
 
     Args:
         images: four files in order of `MODALITIES`, with an empty name for an absent one.
-        output: file to write, ending in .nii or .nii.gz.
+        output: file to write, ending in .nii or .nii.gz, which is returned.
         subject: named in errors.
-
-    Returns:
-        The file written.
 
     Raises:
         SubjectError: see `read_scan`.

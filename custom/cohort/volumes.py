@@ -74,13 +74,13 @@ class Volume:
 
 
 def read_volume(subject: str, file: str, what: str = "image", dimensions: int = 3) -> Volume:
-    """Read a NIfTI file; axes of length 1 behind the ones that are wanted are taken off.
+    """Read a NIfTI file of a subject; axes of length 1 behind the ones that are wanted are taken off.
 
     `nibabel.load` stops at the last voxel it needs and so never sees the checksum that ends a gzip stream: the file is
     unpacked whole here, which checks it. What its header claims is believed only as far as the file can hold it.
 
     Args:
-        subject: named in errors.
+        subject: named in errors, as is file.
         file: path ending in .nii or .nii.gz.
         what: key of the modality, or "mask".
         dimensions: 3, or 4 for channels in one file.

@@ -172,24 +172,20 @@ def make_plan(
     notes: str = "",
     selection: str | None = None,
 ) -> list[Job]:
-    """Plan the cross-validation of some models.
+    """Plan the cross-validation of some models: jobs, each after those that it needs.
 
     Args:
         run_dir: folder of everything that comes out.
         subjects: who is cross-validated.
-        models: some of segresnet, mednext and comnet; ``"comnet"`` needs ``"mednext"``, which is added.
+        models: see `choose_models`.
         overlays: files to lay over the bundles' configs, see `Overlays`.
         seed: seed of everything.
         notes: what the checkpoints are to say of themselves.
         selection: which epoch's weights every training keeps, one of `SELECTIONS`; by default what the configs say.
 
-    Returns:
-        Jobs, each after those that it needs.
-
     Raises:
-        ValueError: unknown model or selection, models that would be selected by different rules, or an overlay that
-            cannot be laid over.
-        FileNotFoundError: an overlay does not exist.
+        UserError: unknown model or selection, models that would be selected by different rules, or an overlay that
+            cannot be laid over or does not exist.
     """
     if selection not in (None, *SELECTIONS):
         raise UserError(f"unknown selection {selection}: choose from {', '.join(SELECTIONS)}")
@@ -201,10 +197,10 @@ def make_plan(
 
 
 def choose_models(models: Iterable[str]) -> tuple[str, ...]:
-    """Return the models in the order of the table, with what they need.
+    """Return the models in the order of the table, ``"mednext"`` too where ``"comnet"`` needs it.
 
     Raises:
-        ValueError: unknown model, or none.
+        UserError: unknown model, or none.
     """
     from ..report import MODELS
 
@@ -361,15 +357,11 @@ rule {name}:
 
 
 def write_snakefile(jobs: Sequence[Job], file: str | Path) -> None:
-    """Write the plan as a Snakefile.
+    """Write the plan as a Snakefile, whose last rule is what is asked for; what it looks up goes to ``jobs/plan.json``.
 
     A rule is a job and its plain command. What it writes is no output of the rule, because Snakemake deletes outputs
     before it runs a rule again, and training is to go on; a mark in ``jobs`` is. A rule runs again when its digest has
     changed, or what it needs has run again; before it does, its earlier state is moved away, as in `run_plan`.
-
-    Args:
-        jobs: the plan; the last job is what is asked for.
-        file: Snakefile to write; what it looks up goes to ``jobs/plan.json`` of the run.
     """
     run_dir, digests = jobs[0].run_dir, [job.settings_digest() for job in jobs]
     facts = {

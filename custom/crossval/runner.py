@@ -32,12 +32,8 @@ class JobsFailed(RuntimeError, UserError):
 def run_plan(jobs: Sequence[Job], run_dir: str | Path, num_workers: int | None = None) -> None:
     """Run the jobs that are not done yet, each when those that it needs are done; a failure stops only what needs it.
 
-    Each job has a process of its own, which ends with this one, however that is killed.
-
-    Args:
-        jobs: the plan, each job after those that it needs.
-        run_dir: folder of the cross-validation.
-        num_workers: how many jobs run side by side; by default as many as there are GPUs, at least one.
+    Each job has a process of its own, which ends with this one, however that is killed. ``num_workers`` of them run
+    side by side; by default as many as there are GPUs, at least one.
 
     Raises:
         UserError: ``num_workers`` is no positive whole number.

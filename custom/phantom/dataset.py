@@ -134,8 +134,8 @@ def training_phantoms(
         root: folder of the phantoms.
         num_subjects: how many; 0 writes none and gives no items.
         seed: of the first; the others' follow it.
-        shape: voxels along the stored axes.
-        spacing: voxel size in mm along the stored axes.
+        shape: as of `write_phantom`, and so is spacing.
+        spacing: see there.
     """
     if num_subjects == 0:
         return []

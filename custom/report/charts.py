@@ -71,9 +71,7 @@ def has_several_folds(scores: Scores) -> bool:
 def forest_plot(rows: Sequence[Mapping[str, Any]], convention: str = SKIP) -> Figure:
     """One panel per comparison: the difference of every region, with its interval if it has one, and the zero line.
 
-    Args:
-        rows: as of `difference_rows`, at least one under the convention.
-        convention: for empty regions.
+    `rows` are those of `difference_rows`, at least one under the convention for empty regions.
     """
     from matplotlib.figure import Figure
 

@@ -54,10 +54,7 @@ class Picture:
 def write_page(path: str | os.PathLike[str], template: str, **content: Any) -> None:
     """Writes a page, whole or not at all; it holds its style, script and pictures and asks no network for anything.
 
-    Args:
-        path: HTML file to write.
-        template: name of a file in `templates`.
-        content: what the template shows; everything is escaped there.
+    `template` is the name of a file in `templates`; what it shows is `content`, all of which is escaped there.
 
     Raises:
         ImportError: jinja2 is not installed.

@@ -86,9 +86,8 @@ class View:
 def tumour_slices(*masks: np.ndarray, fallback: np.ndarray) -> tuple[int, int, int]:
     """Index, along each axis, of the slice on which the tumour is largest.
 
-    Args:
-        masks: whole tumour, [X, Y, Z] boolean; the first that is not empty counts.
-        fallback: brain, [X, Y, Z] boolean; its middle is taken where all masks are empty, the grid's where it is too.
+    Of the masks, [X, Y, Z] boolean, the first that is not empty counts; where all are, the middle of the brain
+    (`fallback`) is taken, the grid's where that is empty too.
     """
     mask = next((one for one in masks if one.any()), None)
     if mask is None:

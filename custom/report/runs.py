@@ -150,8 +150,7 @@ def median_subject(scores: Scores) -> str:
 def what_went_wrong(score: Mapping[str, Any]) -> list[str]:
     """Findings on one subject, at most one per region, from its Dice, volumes and HD95; none where all went well.
 
-    Args:
-        score: as of `metrics.score_subject`; a region without `_volume_ml` and `_reference_ml` gives no finding.
+    A region without `_volume_ml` and `_reference_ml` in its score (`metrics.score_subject`) gives no finding.
     """
     return [finding for region in REGIONS if (finding := _finding(score, region))]
 

@@ -106,11 +106,8 @@ def dice_of(score: Mapping[str, Any], region: str, convention: str = SKIP) -> fl
 def fold_means(scores: Scores, value_of: ValueOf = dice_of) -> DataFrame:
     """Means over the subjects of a fold, by (model, fold) with the columns ET, TC, WT and Average.
 
-    A fold's average is the mean over its regions' means. NaN where no subject of the fold has a value.
-
-    Args:
-        scores: dicts with "model", "fold" and "subject".
-        value_of: value of a score and a region, by default its Dice, empty regions skipped.
+    A fold's average is the mean over its regions' means. NaN where no subject of the fold has a value. `value_of` gives
+    the value of a score and a region, by default its Dice, empty regions skipped.
     """
     import pandas as pd
 
@@ -162,7 +159,10 @@ def selection_line(scores: Scores) -> str:
 
 
 def table2(scores: Scores, convention: str, dataset: str = "") -> Table:
-    """Table 2 under one convention for empty regions, best in bold; see `is_known`."""
+    """Table 2 under one convention for empty regions, best in bold; see `is_known`.
+
+    Scores have "model", "fold", "subject", and the Dice of ET, TC and WT as `dice_of` reads it.
+    """
     rows = [
         [*([dataset] if dataset else []), model, *cells]
         for model, cells in _summary_rows(scores, partial(dice_of, convention=convention), float, 4).items()
@@ -172,13 +172,7 @@ def table2(scores: Scores, convention: str, dataset: str = "") -> Table:
 
 
 def table2_text(scores: Scores, convention: str = SKIP, dataset: str = "") -> str:
-    """Table 2 as Markdown, best in bold.
-
-    Args:
-        scores: dicts with "model", "fold", "subject", and the Dice of ET, TC and WT as `dice_of` reads it.
-        convention: for empty regions, "skip" or "brats".
-        dataset: first column; left out when it has no name.
-    """
+    """Table 2 as Markdown, best in bold; scores as of `table2`. Without a name the dataset has no column."""
     if not is_known(scores, convention):
         return f"{NO_BRATS}\n"
     table = table2(scores, convention, dataset)

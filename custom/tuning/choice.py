@@ -178,12 +178,11 @@ def choose(
     that it was chosen on.
 
     Args:
-        dice: ``[subjects, 3, 2, T, V]``, out of fold: regions; coarse and refined; thresholds; volumes.
+        dice: ``[subjects, 3, 2, T, V]``, out of fold: regions; coarse and refined; thresholds; volumes of ``grid``.
         folds: fold of each subject.
         grid: the settings that were tried.
         corrected: whether there is a corrector at all.
-        confidence: of the interval of the difference; None for none, where the correctors' epochs were chosen on these
-            very subjects.
+        confidence: of the interval of the difference; None for none, see `may_infer`.
     """
     threshold, volume = grid.default
     differences = _differences(dice[..., threshold, volume], confidence)
@@ -194,15 +193,9 @@ def choose(
 
 
 def cross_fit(dice: np.ndarray, folds: Sequence[int], grid: Grid) -> float | None:
-    """Mean Dice of subjects at settings chosen on all other folds.
+    """Mean Dice of subjects at settings chosen on all other folds, ``None`` where there is only one fold.
 
-    Args:
-        dice: ``[subjects, T, V]`` of one region.
-        folds: fold of each subject.
-        grid: the settings that were tried.
-
-    Returns:
-        ``None`` where there is only one fold.
+    ``dice`` is ``[subjects, T, V]`` of one region on the ``grid``; ``folds`` the fold of each subject.
     """
     if len(set(folds)) < 2:
         return None
