@@ -173,7 +173,7 @@ def score_subject(
     size = [float(length) for length in spacing]
     if len(size) != 3 or not all(0 < length < math.inf for length in size):
         raise ValueError(f"spacing {tuple(spacing)} is not three positive numbers (mm)")
-    start, end = generate_spatial_bounding_box(torch.cat([predicted, expected]), margin=2)
+    start, end = generate_spatial_bounding_box(torch.cat([predicted, expected]), margin=2, allow_smaller=True)
     box = (slice(None), *map(slice, start, end))  # no score depends on the rest, and it is most of a volume
     predicted, expected = predicted[box], expected[box]
     row: dict[str, float] = {}
