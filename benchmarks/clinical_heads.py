@@ -1,11 +1,12 @@
 """What the way from the scanner costs: subjects in a head, scanned to thick slices, prepared, segmented, brought back.
 
-Each subject gets a phantom's meninges, skull, scalp and face, is "scanned" as a DICOM study with T1c of 1 mm, tilted,
-and the other series of 5 mm slices, each moved by a known rigid motion, and goes the whole way of `segment --raw`.
-Compared, on the grid of T1c as scanned, are the mask of the untouched subject, by the same weights, and the truth. Then
-one step at a time is put in place of what is known: poses, the brain.
+Each subject gets a phantom's meninges, skull, scalp and face, or those of a real head (`--head`), is "scanned" as a
+DICOM study with T1c of 1 mm, tilted, and the other series of 5 mm slices, each moved by a known rigid motion, and goes
+the whole way of `segment --raw`. Compared, on the grid of T1c as scanned, are the mask of the untouched subject, by the
+same weights, and the truth. Then one step at a time is put in place of what is known: poses, the brain.
 
-`python benchmarks/clinical_heads.py --weights bundles/comnet_mednext/models/model.pt --data BRATS2021 --subjects …`
+`python benchmarks/clinical_heads.py --models_dir FOLDS --datalist_file DATALIST --data BRATS2021 --subjects …`, each
+subject with the fold that has not seen it (FOLDS/fold<k>/model.pt), or `--weights FILE` for all.
 Without `--data`, a phantom is the subject (`make bench`): that measures time and memory only.
 """
 
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -24,6 +26,7 @@ from unittest import mock
 import nibabel as nib
 import numpy as np
 from monai.data import MetaTensor
+from scipy import ndimage
 from timing import environment, forget_peak, markdown_table, peak_resident_bytes, publish
 
 from custom.api import Segmenter
@@ -59,15 +62,51 @@ class Subject:
         """Where the stripped images are not 0."""
         return self.images.any(axis=0)
 
-    def in_a_head(self) -> np.ndarray:
-        """With skull and scalp; white and grey matter as bright as a phantom's, times 1000."""
-        usual = np.mean([CONTRAST["white"], CONTRAST["grey"]], axis=0)
-        medians = [np.median(image[self.brain]) for image in self.images]
-        scaled = self.images * (usual / medians)[:, None, None, None].astype(np.float32)
-        return np.clip(cover(np.clip(scaled, 0, 4), self.affine) * 1000, 0, 4095)
+    def in_a_head(self, of: Path | None) -> np.ndarray:
+        """With skull and scalp, a phantom's or those `of` a prepared study; as bright as a phantom's, times 1000."""
+        scaled = np.clip(_as_usual(self.images, self.brain), 0, 4)
+        covered = self._in_the_head(scaled, load_prepared(of)) if of else cover(scaled, self.affine)
+        return np.clip(covered * 1000, 0, 4095)
+
+    def _in_the_head(self, scaled: np.ndarray, host: Prepared) -> np.ndarray:
+        """A real head, stretched until its brain is as long, wide and high as the subject's, round the subject's brain.
+
+        What is brain in the one and not in the other is filled with the nearest of what surrounds the other's brain.
+        Without T1c, T1n stands for it.
+        """
+        poses = {m: np.array(f["matrix_ras"]) for m, f in host.record["registration"].items()}
+        heads = _heads(host, poses | {host.reference: np.eye(4)})
+        affine = _whole_grid(host)[1]
+        file = nib.load(host.folder / "brain_mask.nii.gz")
+        grid = next(iter(heads.values())).shape
+        theirs = _on_whole_grid(np.asanyarray(file.dataobj), file.affine, affine, grid) > 0
+        images = _as_usual(np.stack([heads.get(m, heads.get("t1n")) for m in MODALITIES]), theirs)
+        images, flat = nib.as_closest_canonical(nib.Nifti1Image(np.moveaxis(images, 0, -1), affine)), np.eye(4)
+        theirs = np.asanyarray(nib.as_closest_canonical(nib.Nifti1Image(theirs.astype(np.uint8), affine)).dataobj)
+        (low, high), (own_low, own_high) = (
+            np.percentile(np.argwhere(mask), (1, 99), axis=0) for mask in (theirs, self.brain)
+        )
+        flat[:3, :3] = np.diag((high - low) / (own_high - own_low))
+        flat[:3, 3] = low - flat[:3, :3] @ own_low
+        shape = self.brain.shape
+        outside = (ndimage.affine_transform(theirs, flat, output_shape=shape, order=0) == 0) & ~self.brain
+        nearest = ndimage.distance_transform_edt(~outside, return_distances=False, return_indices=True)
+        result = scaled.copy()
+        for channel, image in enumerate(np.moveaxis(np.asanyarray(images.dataobj), -1, 0)):
+            around = ndimage.affine_transform(image, flat, output_shape=shape, order=1)
+            result[channel] = np.where(self.brain, scaled[channel], around[tuple(nearest)])
+        return result
+
+
+def _as_usual(images: np.ndarray, brain: np.ndarray) -> np.ndarray:
+    """Images [4, x, y, z] with white and grey matter as bright as a phantom's."""
+    usual = np.mean([CONTRAST["white"], CONTRAST["grey"]], axis=0)
+    medians = [np.median(image[brain]) for image in images]
+    return images * (usual / medians)[:, None, None, None].astype(np.float32)
 
 
 def subjects(data: list[Path], names: list[str]) -> Iterator[Subject]:
+    """Those with these names, in that order of the folders; all where there are no names."""
     affine = np.eye(4)
     affine[:3, 3] = -(HEAD_MM - 1) / 2
     if not data:
@@ -113,7 +152,7 @@ def segment_on_t1c(
 def _whole_grid(prepared: Prepared) -> tuple[object, np.ndarray]:
     import SimpleITK as sitk
 
-    grid = one_mm_grid(sitk.ReadImage(str(prepared.scanned("t1c")), sitk.sitkFloat32))
+    grid = one_mm_grid(sitk.ReadImage(str(prepared.scanned(prepared.reference)), sitk.sitkFloat32))
     affine = np.eye(4)
     affine[:3, :3] = np.array(grid.GetDirection()).reshape(3, 3) * grid.GetSpacing()
     affine[:3, 3] = grid.GetOrigin()
@@ -124,8 +163,8 @@ def _heads(prepared: Prepared, poses: dict[str, np.ndarray]) -> dict[str, np.nda
     import SimpleITK as sitk
 
     grid = _whole_grid(prepared)[0]
-    read = {m: sitk.ReadImage(str(prepared.scanned(m)), sitk.sitkFloat32) for m in MODALITIES}
-    return {m: sitk.GetArrayFromImage(resample(read[m], grid, poses[m])).transpose(2, 1, 0) for m in MODALITIES}
+    read = {m: sitk.ReadImage(str(prepared.scanned(m)), sitk.sitkFloat32) for m in prepared.images}
+    return {m: sitk.GetArrayFromImage(resample(read[m], grid, poses[m])).transpose(2, 1, 0) for m in read}
 
 
 def _on_whole_grid(mask: np.ndarray, affine: np.ndarray, target: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -147,10 +186,12 @@ def whole_way(segmenter: Segmenter, study: Path, output: Path) -> tuple[np.ndarr
     return np.asanyarray(found.label_map.dataobj), prepared, seconds | {"all": total}, peak_resident_bytes()
 
 
-def measure(segmenter: Segmenter, subject: Subject, seed: int, motion: tuple[float, float], scratch: Path) -> dict:
+def measure(
+    segmenter: Segmenter, subject: Subject, of: Path | None, seed: int, motion: tuple[float, float], scratch: Path
+) -> dict:
     images = {m: nib.Nifti1Image(i, subject.affine) for m, i in zip(MODALITIES, subject.images, strict=True)}
     untouched = np.asanyarray(segmenter.segment(**images).label_map.dataobj)
-    head = subject.in_a_head()
+    head = subject.in_a_head(of)
     scan = scan_head(scratch / "study", head, subject.label, subject.affine, 1.0, seed, motion, True, PROTOCOLS)
     final, prepared, seconds, peak = whole_way(segmenter, scan.folder, scratch / "out")
     scanned = nib.load(prepared.scanned("t1c"))
@@ -233,22 +274,34 @@ def tables(found: list[dict], motion: tuple[float, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="by default those of the bundle")
+    parser.add_argument("--models_dir", type=Path, help="or fold<k>/model.pt, each for whom it has not seen")
+    parser.add_argument("--datalist_file", type=Path, help="with --models_dir: who is in which fold")
+    parser.add_argument("--head", type=Path, help="prepared study whose skull and scalp the subjects get")
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="folders of subjects with masks")
     parser.add_argument("--subjects", nargs="*", default=[], help="names; by default all")
     parser.add_argument("--degrees", type=float, default=12)
     parser.add_argument("--mm", type=float, default=15)
-    parser.add_argument("--json", type=Path, help="file for all figures, one subject a line, as they come")
+    parser.add_argument("--json", type=Path, help="file for all figures, one subject a line; these are not done again")
     parser.add_argument("--output", type=Path, help="Markdown report")
     given = parser.parse_args()
-    segmenter, motion, found = Segmenter(given.weights, device="cpu"), (given.degrees, given.mm), []
+    motion, found, folds = (given.degrees, given.mm), [], {}
+    if given.models_dir:
+        listed = json.loads(given.datalist_file.read_text(encoding="utf-8"))["training"]
+        folds = {one["subject"]: given.models_dir / f"fold{one['fold']}" / "model.pt" for one in listed}
+    if given.json and given.json.exists():
+        found = [json.loads(line) for line in given.json.read_text(encoding="utf-8").splitlines()]
+    segmenter = cache(lambda weights: Segmenter(weights, device="cpu"))
     for seed, subject in enumerate(subjects(given.data, given.subjects)):
+        if subject.name in {one["name"] for one in found}:
+            continue
+        weights = folds[subject.name] if folds else given.weights
         with tempfile.TemporaryDirectory() as scratch:
-            found.append(measure(segmenter, subject, seed, motion, Path(scratch)))
+            found.append(measure(segmenter(weights), subject, given.head, seed, motion, Path(scratch)))
         if given.json:
             with open(given.json, "a", encoding="utf-8") as file:
                 file.write(json.dumps(found[-1]) + "\n")
     command = "python benchmarks/clinical_heads.py" + (
-        " --weights FOLD --data DATA… --subjects …" if given.data else ""
+        " --models_dir FOLDS --datalist_file DATALIST --data DATA… --subjects …" if given.data else ""
     )
     text = f"## From the scanner\n\n`{command}`\n\n{environment()}\n\n{tables(found, motion)}"
     publish(text, given.output, "clinical" if given.data else "clinical phantom")

@@ -83,9 +83,9 @@ def deliver(
         headers = reference_headers(prepared)
         if headers and label_map.any():
             warnings += write_dicom_seg(folder / f"{name}_seg.dcm", label_map, scanned, headers, palette)
-        elif headers:
+        if not label_map.any():
             (folder / f"{name}_seg.dcm").unlink(missing_ok=True)
-            warnings.append("no tumour was found: there is no DICOM-SEG")
+            warnings.append("no tumour was found" + (": there is no DICOM-SEG" if headers else ""))
         if not pictures:
             continue
         brain = nib.load(prepared.folder / "brain_mask.nii.gz")

@@ -247,7 +247,11 @@ def _ask_about_contrast(study: Study, found: dict[str, Series], name: str, witho
     shown = "; ".join(_describe(one) for one in unknown)
     reason = f"whether contrast was given cannot be told of {len(unknown)} T1 series: {shown}"
     options = " ".join(f"--{modality} SERIES" for modality in wanted)
-    raise SubjectError(name, "the study", reason, f"Look at them and say which is which by {options}")
+    remedy = f"Look at them and say which is which by {options}"
+    if len(unknown) < len(wanted):
+        one = unknown[0].label
+        remedy = f"Look at it: if there was none, say --t1n {one} --without t1c, else --t1c {one} --without t1n"
+    raise SubjectError(name, "the study", reason, remedy)
 
 
 def _best(rivals: Sequence[Series], modality: str, name: str) -> Series:

@@ -119,8 +119,10 @@ def prepare_study(
     options["brain"] = _stat(Path(brain_mask)) if brain_mask else brain
     options["zip"] = None if path.is_dir() else _stat(path)
     started = time.perf_counter()
+    anonymous = _anonymous(str(path.resolve()))
+    own = read_brain_mask(brain_mask, anonymous) if brain_mask else None
     with study_folder(path, output) as folder:
-        found = read_study(folder, number, _anonymous(str(path.resolve())))
+        found = read_study(folder, number, anonymous)
         name = path.name.removesuffix(".zip") if keep_names else _anonymous(found.uid)
         target = output / name
         _write_mapping(output, name, path, found)
@@ -130,7 +132,7 @@ def prepare_study(
             return replace(earlier, source=path, number=number)
         (target / RECORD).unlink(missing_ok=True)
         try:
-            prepared = _prepare(found, target, name, key, options, brain_mask, started)
+            prepared = _prepare(found, target, name, key, options, own, started)
             return replace(prepared, source=path, number=number)
         except OSError as error:
             if error.errno != errno.ENOSPC:
@@ -222,7 +224,7 @@ def _prepare(
     name: str,
     key: str,
     options: Mapping[str, Any],
-    brain_mask: str | Path | None,
+    own: nib.Nifti1Image | None,
     started: float,
 ) -> Prepared:
     import SimpleITK as sitk
@@ -261,8 +263,7 @@ def _prepare(
     lap("registration")
     affine = _ras_affine(grid)
     arrays = {m: sitk.GetArrayFromImage(heads[m]).transpose(2, 1, 0) for m in MODALITIES if m in heads}
-    if brain_mask:
-        own = read_brain_mask(brain_mask, name)
+    if own is not None:
         brain = _on_grid(own, grid) > 0.5
         told += check_brain(brain, affine)
     else:

@@ -108,6 +108,11 @@ def no_contrast(study):
     edit(study / "S005", ContrastBolusAgent=None)
 
 
+def one_t1_of_unknown_contrast(study):
+    no_contrast(study)
+    shutil.rmtree(study / "S002")
+
+
 def contradiction(study):
     edit(study / "S004", SeriesDescription="t1_se", ProtocolName="t1_se")
 
@@ -145,6 +150,7 @@ REFUSED = {
     perfusion: "each place was imaged several times .50 images at 5 places",
     mixed_orientations: "its slices lie in 2 orientations",
     no_contrast: "cannot be told of 2 T1 series.*taken as number.*--t1n SERIES --t1c SERIES",
+    one_t1_of_unknown_contrast: "of 1 T1 series.*say --t1n 5 --without t1c, else --t1c 5 --without t1n",
     contradiction: "its name says T1, but TR 9000, TE 120, TI 2500 ms is FLAIR",
     private_tags_only: "neither TR, TE and TI nor the name say what it is",
     equal_rivals: "2 series could be the T2-FLAIR and cannot be told apart.*Say which: --flair 4 or --flair 14",
@@ -416,3 +422,9 @@ def test_a_damaged_nifti_file_is_told_of_without_its_name(tmp_path):
         convert(series, tmp_path / "out.nii.gz", "study-1", "flair")
     assert "Mueller" not in str(told.value)
     assert "Mueller" not in str(series.row()) and "mueller" not in str(series.row())
+
+
+def test_a_brain_mask_that_cannot_be_read_is_told_before_the_work_begins(study, tmp_path):
+    with pytest.raises(SubjectError, match=r"--brain_mask: cannot be read.*Give a NIfTI file"):
+        prepare_study(study, tmp_path / "out", brain_mask=tmp_path / "nowhere.nii.gz")
+    assert not (tmp_path / "out").exists()

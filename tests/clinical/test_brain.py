@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from custom.clinical.brain import extract_brain
+from custom.clinical.brain import extract_brain, without_fluid
 from custom.clinical.study import prepare_study
 from custom.cohort import SubjectError
 from custom.files import UserError
@@ -61,7 +61,7 @@ def images():
 @pytest.mark.parametrize("tool", ["deepbet", "hd-bet"])
 def test_the_brain_is_the_union_of_both_masks(tools, images, tool, capsys):
     brain, _ = extract_brain(images, np.eye(4), "study-1", tool)
-    np.testing.assert_array_equal(brain, images["T2-FLAIR"] > 0)
+    assert (brain != (images["T2-FLAIR"] > 0)).sum() <= 16  # corners
     assert len(tools) == 2
     assert not capsys.readouterr().out  # what is prepared stands there
 
@@ -70,6 +70,50 @@ def test_masks_that_disagree_are_warned_of(tools, images):
     images["T1c"][:, 80:] = 0
     _, warnings = extract_brain(images, np.eye(4), "study-1")
     assert "T1c and T2-FLAIR agree by a Dice of 0.6" in warnings[-1]
+
+
+@pytest.fixture
+def rind():
+    """A ball of brain with 3 mm of fluid round it, an enhancing and an oedematous tumour up to its surface."""
+    x, y, z = np.indices((90, 90, 90)) - 44.5
+    distance = np.sqrt(x**2 + y**2 + z**2)
+    flair = np.where(distance < 37, 500.0, np.where(distance < 40, 80.0, 30.0))
+    t1c = np.where(distance < 37, 700.0, np.where(distance < 40, 250.0, 900.0))
+    tumour = (distance < 39) & (x > 25)
+    flair[tumour & (y > 0)] = 900  # oedema, up to the meninges
+    flair[tumour & (y <= 0)], t1c[tumour & (y <= 0)] = 100, 1400  # enhancing, dark in FLAIR
+    return distance < 40, distance < 37, tumour, flair.astype(np.float32), t1c.astype(np.float32)
+
+
+@pytest.mark.parametrize("shade", [1, 4])
+def test_fluid_at_the_rim_is_taken_out_and_no_tumour(rind, shade):
+    mask, brain, tumour, flair, t1c = rind
+    flair = flair * np.linspace(1, shade, 90)[:, None, None].astype(np.float32)
+    found = without_fluid(mask, flair, [t1c])
+    assert (found & ~brain & ~tumour).sum() < 0.1 * (mask & ~brain & ~tumour).sum()
+    assert (found & brain).sum() > 0.99 * brain.sum()
+    assert (found & tumour).sum() > 0.99 * tumour.sum()
+
+
+def test_what_flair_does_not_show_stays(rind):
+    mask, _, _, flair, t1c = rind
+    flair[:, :, 60:] = 0
+    found = without_fluid(mask, flair, [t1c])
+    np.testing.assert_array_equal(found[:, :, 64:], mask[:, :, 64:])
+
+
+def test_fluid_deeper_than_the_rim_stays(rind):
+    mask, _, _, flair, t1c = rind
+    flair[40:50, 40:50, 40:50] = 20
+    flair[40:50, 40:50, 50:] = 20  # a cleft from there to the surface
+    found = without_fluid(mask, flair, [t1c])
+    assert found[40:50, 40:50, 40:78].all()
+
+
+def test_a_flair_of_nothing_but_noise_takes_no_brain(rind):
+    mask, _, _, flair, t1c = rind
+    noise = np.random.default_rng(0).exponential(10, flair.shape).astype(np.float32)
+    assert 2 * without_fluid(mask, noise, [t1c]).sum() > mask.sum()
 
 
 def test_hd_bet_is_given_slices_rows_columns_of_a_head_that_stands(tools):

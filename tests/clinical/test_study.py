@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import stat
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from custom.clinical.masks import reference_headers, to_scanned, write_dicom_seg
+from custom.clinical.masks import deliver, reference_headers, to_scanned, write_dicom_seg
 from custom.clinical.study import load_prepared, prepare_study
 from custom.cohort import MODALITIES, find_subjects
+from custom.inference import PostprocessRegions
 
 for _library in ("dcm2niix", "highdicom", "SimpleITK"):
     pytest.importorskip(_library, reason="needs the extra clinical: pip install 'comnet-glioma[clinical]'")
@@ -145,6 +147,16 @@ def test_an_empty_mask_is_no_dicom_seg(scan, prepared, tmp_path):
     with pytest.raises(ValueError, match="no tumour"):
         write_dicom_seg(tmp_path / "s.dcm", np.zeros(scanned.shape, np.uint8), scanned, reference_headers(prepared))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_study_without_tumour_is_said_to_have_none(prepared, tmp_path):
+    grid = nib.load(prepared.images["t1c"])
+    nothing = nib.Nifti1Image(np.zeros((*grid.shape, 3), np.float32), grid.affine)
+    mask, warnings = deliver(prepared, nothing, tmp_path, PostprocessRegions(), pictures=False)
+    assert not np.asanyarray(mask.dataobj).any() and not (tmp_path / f"{prepared.name}_seg.dcm").exists()
+    assert "no tumour was found: there is no DICOM-SEG" in warnings
+    as_nifti = replace(prepared, record=prepared.record | {"kind": "nifti"})
+    assert "no tumour was found" in deliver(as_nifti, nothing, tmp_path, PostprocessRegions(), pictures=False)[1]
 
 
 def test_nothing_written_names_the_patient(scan, prepared):
