@@ -31,6 +31,7 @@ from .conversion import convert
 from .reading import NAMES, Series, Study, read_study
 from .registration import check, enhancement, one_mm_grid, register, resample
 from .series import choose
+from .shading import without_shading
 
 logger = logging.getLogger("comnet")
 
@@ -87,6 +88,7 @@ def prepare_study(
     number: int | None = None,
     brain_mask: str | Path | None = None,
     brain: str = "deepbet",
+    n4: bool = False,
     keep_names: bool = False,
     pictures: bool = True,
 ) -> Prepared:
@@ -100,6 +102,7 @@ def prepare_study(
         number: which study, counted by date from 1, where the folder holds several.
         brain_mask: a mask of one's own on any grid in the reference's space.
         brain: what finds the brain otherwise: "deepbet" or "hd-bet", slower and with an extra of its own.
+        n4: even out the shading of each image, by `without_shading`.
         keep_names: name the results after the study's folder instead of a hash.
         pictures: draw preparation.png.
 
@@ -116,6 +119,7 @@ def prepare_study(
         raise SubjectError("the study", str(study), "it does not exist", "Give the folder of a study, or a zip file")
     answers = {modality: str(label) for modality, label in (chosen or {}).items() if label is not None}
     options: dict[str, Any] = {"chosen": answers, "without": list(without), "number": number, "pictures": pictures}
+    options["n4"] = n4
     options["brain"] = _stat(Path(brain_mask)) if brain_mask else brain
     options["zip"] = None if path.is_dir() else _stat(path)
     started = time.perf_counter()
@@ -273,7 +277,10 @@ def _prepare(
     lap("brain")
     if not brain.any():
         raise SubjectError(name, "the brain mask", "it does not meet the reference image", "Check where it lies")
-    facts: dict[str, Any] = {}
+    if options["n4"]:
+        arrays = {modality: without_shading(array, brain) for modality, array in arrays.items()}
+        lap("n4")
+    facts: dict[str, Any] = {"n4": options["n4"]}
     if "t1n" in arrays and "t1c" in arrays:
         facts["enhancement"] = round(enhancement(arrays["t1n"], arrays["t1c"], brain), 3)
         told += _judge_enhancement(facts["enhancement"], series, options["chosen"], name)
