@@ -27,7 +27,7 @@ from timing import environment, markdown_table
 from torch import Tensor, nn
 
 from custom.cohort import REGIONS
-from custom.corrdiff import CorrDiff, CorrDiffLoss, Denoiser, LatentDiffusion, ResidualVQVAE, brain_mask, corrdiff_tiny
+from custom.corrdiff import CorrDiff, CorrDiffLoss, Denoiser, LatentDiffusion, ResidualVQVAE, brain_mask
 from custom.corrdiff.diffusion import zeroed
 from custom.weights import Checkpoint, save_atomically
 
@@ -73,8 +73,7 @@ def gated(network: CorrDiff, focus: float = 4.0) -> CorrDiff:
     return network
 
 
-DESIGNS = {"tiny": (corrdiff_tiny, True), "honest": (honest, False), "fine": (fine, False)}
-"""By name: corrector, and whether L_seg fades with noise."""
+DESIGNS = {"honest": honest, "fine": fine}
 
 
 def around_tumour(case: Case) -> Case:
@@ -100,6 +99,14 @@ def piece(case: Case, draw: random.Random) -> list[Tensor]:
     return [cut(x, starts, PIECE, 0.0).flip(axes).contiguous() for x in case[1:]]
 
 
+def open_gate(network: CorrDiff, logits: float = 4.0) -> None:
+    """For a tokeniser that was trained alone: every voxel's residual counts, one of 1 as so many logits."""
+    with torch.no_grad():
+        network.gate.weight.zero_()
+        network.gate.bias.fill_(20.0)
+        network.alpha.fill_(logits / network.scale)
+
+
 def begin(network: CorrDiff, start: Path) -> None:
     """Tokeniser, conditioning and denoiser as trained before; gate and alpha as the design begins with."""
     found = {name.removeprefix("corrector."): value for name, value in Checkpoint.at(start).tensors().items()}
@@ -107,11 +114,9 @@ def begin(network: CorrDiff, start: Path) -> None:
     network.load_state_dict({name: found[name] for name in network.state_dict()} | own)
 
 
-def train(
-    network: CorrDiff, fades: bool, cases: Sequence[Case], steps: Sequence[int], rate: float, state: Path
-) -> None:
+def train(network: CorrDiff, cases: Sequence[Case], steps: Sequence[int], rate: float, state: Path) -> None:
     """The tokeniser for the first number of `steps`, the rest for the second; AdamW, from `rate` to 0 in each."""
-    loss, done = CorrDiffLoss(fade_with_noise=fades), 0
+    loss, done = CorrDiffLoss(), 0
     optimiser = torch.optim.AdamW(network.parameters(), rate, weight_decay=1e-5)
     if state.exists():
         found = torch.load(state, weights_only=True)
@@ -201,11 +206,12 @@ def main() -> None:
     if args.design == "direct":
         print("\n\n".join([direct(training, held_out), environment()]))
         return
-    build, fades = DESIGNS[args.design]
-    network = build()
+    network = DESIGNS[args.design]()
     if args.start:
         begin(network, args.start)
-    train(network, fades, training, args.steps, args.learning_rate, args.state)
+    train(network, training, args.steps, args.learning_rate, args.state)
+    if not args.steps[1] and not args.start:
+        open_gate(network)
     tables = corrdiff_residuals.report(network.eval(), held_out, args.samples)
     print("\n\n".join([*tables, f"{args.design}, {args.steps} steps; {environment()}"]))
 
