@@ -68,8 +68,8 @@ def segment(
             --num_samples 5 samples CorrDiff five times.
         pictures: draw a picture of each subject and the report.
         raw: the inputs are studies as they left the scanner, DICOM or NIfTI, which are prepared first; masks come back
-            on the grid of T1c as scanned, and as DICOM-SEG. All options of `comnet prepare` go with it (--without,
-            --study, --brain_mask, --brain, --keep_names), and t1n to flair name series.
+            on the grid of T1c as scanned, and as DICOM-SEG. All options of `comnet prepare` go with it, such as
+            --brain_mask, and t1n to flair name series.
         every_series: with raw, masks also on the grids of T1n, T2w and T2-FLAIR as scanned.
         overrides: any other value of the bundle's inference.json, by name; --allow_missing segments subjects that lack
             modalities by weights that were not trained for that.
