@@ -27,9 +27,9 @@ MODEL_KEY = "model"
 PROVENANCE_KEY = "provenance"
 NUM_FOLDS = 5
 RELEASED: dict[str, str] = {
-    "comnet_corrdiff": "edcd6718152649ff15153fd72c7ec46cb7f813410f99fab52914c064eeb3d52c",
-    "comnet_ensemble": "d3afd315598771b176b1290500efc89ed25f700757eb0bc6c21cf68482b0cb75",
-    "comnet_mednext": "b538409c5482af262657fd398fb1c246628e86f5d166745ea0cbd832a44e7402",
+    "comnet_corrdiff": "aba75fbd5592d255696abdbf4df715f922e199c475964d44cd9c65fde4c91d5b",
+    "comnet_ensemble": "cb10ee2600d71a1164a76df71c5d0a67cb827a1893cfba326b9138f279636ae5",
+    "comnet_mednext": "a4d86f7d3c5697f9c2190b59960298b76b4c0d4dd54ae1fdc3830289b0c1a2e0",
 }
 """SHA-256 of each bundle's released ``models/model.pt``: a file that says it is a release must be one of them."""
 DEFAULT_SETTINGS: dict[str, list[Any]] = {
