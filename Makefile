@@ -1,6 +1,7 @@
 # Every target makes its own virtual environment first; python3 >= 3.10, make and a package index are all it needs.
 PYTHON ?= python3
 DATA ?=
+RAW ?=
 RUN ?=
 # Test files run side by side, each on one thread.
 JOBS ?= 2
@@ -14,6 +15,7 @@ export GOMP_SPINCOUNT ?= 1000
 
 help:
 	@echo "make demo   three fresh phantoms, or DATA=folder of yours, segmented with the released weights: runs/demo/report.html"
+	@echo "            RAW=1: a phantom's DICOM study as it leaves the scanner: runs/demo/scanned/report.html"
 	@echo "make demo-training"
 	@echo "            phantoms -> three models, five folds each -> ensemble -> tables, figures, pictures (minutes)"
 	@echo "make test   all tests with coverage"
@@ -29,7 +31,7 @@ $(READY): requirements.lock pyproject.toml
 	touch $@
 
 demo: $(READY)
-	$(BIN)/comnet demo --output_dir runs/demo $(if $(DATA),--data "$(DATA)")
+	$(BIN)/comnet demo --output_dir runs/demo $(if $(DATA),--data "$(DATA)") $(if $(RAW),--raw)
 
 demo-training: $(READY)
 	$(BIN)/comnet demo_training --output_dir runs/demo-training

@@ -331,7 +331,9 @@ def demo_training(
     )
 
 
-def demo(data: str | None = None, output_dir: str = "runs/demo", seed: int = 0, num_subjects: int = 3) -> None:
+def demo(
+    data: str | None = None, output_dir: str = "runs/demo", seed: int = 0, num_subjects: int = 3, raw: bool = False
+) -> None:
     """Segment fresh phantoms, or subjects of yours, with the released weights; score them where there are masks.
 
     What `comnet segment` without --weights does is done here; its exit codes are the same.
@@ -341,10 +343,16 @@ def demo(data: str | None = None, output_dir: str = "runs/demo", seed: int = 0, 
         output_dir: folder for phantoms, masks, pictures and report.html; a stopped demo goes on from there.
         seed: of the phantoms: another seed gives other phantoms.
         num_subjects: how many phantoms.
+        raw: instead of all that, one phantom's DICOM study as it leaves the scanner, by way of `comnet segment --raw`.
     """
-    from .demo import PHANTOM_REMARK, write_demo_report, write_phantoms
+    from .demo import PHANTOM_REMARK, write_demo_report, write_phantoms, write_study
 
     run = _path(output_dir)
+    if raw:
+        if data:
+            raise UserError("--raw makes a study of its own: for yours, `comnet segment STUDY --raw --output_dir OUT`")
+        segment(str(write_study(run / "studies", seed)), output_dir=str(run / "scanned"), raw=True)
+        return
     folders = [_path(data)] if data else write_phantoms(run / "phantoms", num_subjects, seed)
     code: Any = 0
     options: dict[str, Any] = {"cohort#show_masks": True}

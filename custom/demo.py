@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .phantom import cohort_seeds, write_absent
 
 GEOMETRY: dict[str, Any] = {"shape": (128, 154, 128), "spacing": (1.25, 1.25, 1.25)}
 """A whole head; at 1 mm it takes twice as long to make."""
+RAW_VOXEL_MM = 1.0
 PHANTOM_REMARK = "Phantoms are simulated: that they are segmented well or badly says nothing about patients."
 
 
@@ -27,6 +29,23 @@ def write_phantoms(folder: Path, num_subjects: int, seed: int = 0, **geometry: A
     spacing, see `write_absent`; by default `GEOMETRY`.
     """
     return write_absent(folder, cohort_seeds(num_subjects, seed, names=f"phantom_{seed}_{{}}"), **GEOMETRY | geometry)
+
+
+def write_study(folder: Path, seed: int = 0) -> Path:
+    """Write a phantom's DICOM study, see `scan_phantom`, if it is not there yet; return its folder.
+
+    Raises:
+        UserError: the extra `clinical` is not installed.
+    """
+    study = folder / f"phantom_{seed}"
+    if not study.exists():
+        from .clinical.scanner import scan_phantom
+
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            scan_phantom(Path(unfinished, "study"), seed, RAW_VOXEL_MM)
+            Path(unfinished, "study").rename(study)
+    return study
 
 
 def write_demo_report(run: Path, folders: Sequence[Path], remark: str = "") -> tuple[Path, str]:

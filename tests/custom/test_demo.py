@@ -117,3 +117,21 @@ def test_subjects_that_the_weights_were_trained_on_are_not_scored(copied, monkey
     monkeypatch.setattr(Weights, "trained_on", frozenset({"phantom_0_1"}))
     page, table = demo.write_demo_report(run, [subject])
     assert "Dice" not in table and "trained on this subject" in page.read_text()
+
+
+def test_a_raw_demo_scans_a_phantom_once_and_segments_it_as_a_raw_study(tmp_path, monkeypatch):
+    pytest.importorskip("highdicom", reason="needs the extra clinical")
+    from custom.clinical import scanner
+
+    segment = Mock()
+    monkeypatch.setattr(cli, "segment", segment)
+    monkeypatch.setattr(demo, "RAW_VOXEL_MM", 6.0)
+    for _ in range(2):
+        comnet_demo("--raw", "--output_dir", str(tmp_path))
+        monkeypatch.setattr(scanner, "scan_phantom", Mock(side_effect=AssertionError("scanned twice")))
+    study = tmp_path / "studies" / "phantom_0"
+    assert [path.name for path in (tmp_path / "studies").iterdir()] == ["phantom_0"]  # nothing unfinished beside it
+    assert len({path.parent for path in study.rglob("IM*")}) == 6  # four modalities, a localizer and a derived map
+    segment.assert_called_with(str(study), output_dir=str(tmp_path / "scanned"), raw=True)
+    with pytest.raises(SystemExit, match="comnet segment STUDY --raw"):
+        cli.main(["demo", "--raw", "--data", str(study), "--output_dir", str(tmp_path)])
