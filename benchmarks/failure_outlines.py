@@ -31,8 +31,7 @@ def main(scores: str, dataset_dir: str | Sequence[str], output: str, number: int
         number: of subjects, worst first by the mean Dice of regions that are there.
         only: start of the names of the subjects that may be drawn, e.g. those whose terms allow it.
     """
-    folders = [dataset_dir] if isinstance(dataset_dir, str) else dataset_dir
-    subjects = {one.name: one for folder in folders for one in find_subjects(Path(folder))[0]}
+    subjects = {one.name: one for one in find_subjects(dataset_dir)[0]}
     table = read_scores(scores)
     worst = [name for name in worst_first(table) if name.startswith(only)][:number]
     rows = {row["subject"]: row for row in table}

@@ -40,7 +40,9 @@ def write_study(folder: Path, seed: int = 0) -> Path:
     study = folder / f"phantom_{seed}"
     if not study.exists():
         from .clinical.scanner import scan_phantom
+        from .clinical.study import require_clinical
 
+        require_clinical("deepbet")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
             scan_phantom(Path(unfinished, "study"), seed, RAW_VOXEL_MM)

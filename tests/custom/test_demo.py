@@ -122,6 +122,7 @@ def test_subjects_that_the_weights_were_trained_on_are_not_scored(copied, monkey
 def test_a_raw_demo_scans_a_phantom_once_and_segments_it_as_a_raw_study(tmp_path, monkeypatch):
     pytest.importorskip("highdicom", reason="needs the extra clinical")
     from custom.clinical import scanner
+    from custom.clinical import study as study_room
 
     segment = Mock()
     monkeypatch.setattr(cli, "segment", segment)
@@ -133,5 +134,8 @@ def test_a_raw_demo_scans_a_phantom_once_and_segments_it_as_a_raw_study(tmp_path
     assert [path.name for path in (tmp_path / "studies").iterdir()] == ["phantom_0"]  # nothing unfinished beside it
     assert len({path.parent for path in study.rglob("IM*")}) == 6  # four modalities, a localizer and a derived map
     segment.assert_called_with(str(study), output_dir=str(tmp_path / "scanned"), raw=True)
+    monkeypatch.setattr(study_room, "EXTRA", ("no_such_library",))
+    with pytest.raises(SystemExit, match=r"no_such_library not installed: pip install 'comnet-glioma\[clinical\]'"):
+        cli.main(["demo", "--raw", "--seed", "1", "--output_dir", str(tmp_path)])
     with pytest.raises(SystemExit, match="comnet segment STUDY --raw"):
         cli.main(["demo", "--raw", "--data", str(study), "--output_dir", str(tmp_path)])
