@@ -137,16 +137,20 @@ class Overlays:
             if not own and not Path(name).is_file():
                 raise FileError(f"config {name}: no such file, nor has any bundle a config of that name")
             if not own:
-                _check(name, _read(Path(name)))
+                _check(name, _read(Path(name)), self._laid)
             for bundle, file in (own or dict.fromkeys(bundles, Path(name))).items():
                 for key, value in _read(file).items():
                     self._laid[bundle].pop(key, None)  # MONAI goes through them in order: what comes later is last
                     self._laid[bundle][key] = value
 
     def over(self, bundle: str, *configs: str) -> tuple[str | Path, ...]:
-        """Return ``configs`` of a bundle with what is to be laid over them."""
-        base = _merged(config_files(bundle, configs))
-        content = {key: value for key, value in self._laid[bundle].items() if _fits(key, base)}
+        """Return ``configs`` of a bundle with what is to be laid over them, and the names that this refers to."""
+        base, laid = _merged(config_files(bundle, configs)), self._laid[bundle]
+        kept, more = set[str](), {key for key in laid if _fits(key, base)}
+        while more:
+            kept |= more
+            more = set(re.findall(r"@(\w+)", json.dumps([laid[key] for key in more]))) & laid.keys() - kept
+        content = {key: value for key, value in laid.items() if key in kept}
         if not content:
             return configs
         file = self.run_dir / "configs" / f"{bundle}-{Path(configs[0]).stem}-{_digest(content)[:8]}.json"
@@ -195,8 +199,8 @@ def _items(datalist_file: Path) -> Any:
         raise UserError(f"{datalist_file} is no datalist: write it with `comnet validate`") from error
 
 
-def _check(name: str, content: Mapping[str, Any]) -> None:
-    bases = [_merged(config_files(bundle, configs)) for bundle, *configs in RUNS]
+def _check(name: str, content: Mapping[str, Any], laid: Mapping[str, Mapping[str, Any]]) -> None:
+    bases = [{**_merged(config_files(bundle, configs)), **laid[bundle]} for bundle, *configs in RUNS]
     for key in content:
         root = _parts(key)[0]
         if root in OWN_KEYS:

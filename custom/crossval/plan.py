@@ -21,7 +21,7 @@ from ..files import UserError, write_text
 from .inputs import INDIFFERENT, Overlays, Subjects, code_digest, config_contents, with_files
 
 SELECTIONS = ("paper", "inner", "last")
-OF_THE_PARTS = ("backbone", "corrector", "spacing", "patch_size")
+OF_THE_PARTS = ("backbone", "corrector", "spacing", "patch_size", "mirror_axes")
 OF_COARSE = ("backbone", "image_preprocessing", "coarse_inferer", "coarse")
 
 

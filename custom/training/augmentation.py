@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from monai.config import KeysCollection
-from monai.transforms import Compose, MapTransform, RandBiasField, RandomizableTransform, generate_spatial_bounding_box
+from monai.transforms import Compose, MapTransform, RandBiasField, RandomizableTransform
 from monai.utils import ensure_tuple
 from scipy.ndimage import distance_transform_edt
 from torch.nn.functional import max_pool3d
@@ -298,11 +298,12 @@ class RandTransplantTumourd(RandomizableTransform, MapTransform):
         whole = (label > 0).any(0)
         if not whole.any():
             return None
-        low, high = (torch.as_tensor(end) for end in generate_spatial_bounding_box(whole[None], margin=self.rim))
+        where, shape = whole.nonzero(), torch.tensor(whole.shape)
+        low, high = (where.amin(0) - self.rim).clamp_min(0), torch.minimum(where.amax(0) + 1 + self.rim, shape)
         box = (slice(None), *(slice(int(a), int(b)) for a, b in zip(low, high, strict=True)))
         outside = torch.as_tensor(distance_transform_edt(~whole[box[1:]].numpy()), dtype=image.dtype)
         weight = (1 - (outside - 1).clamp_min(0) / self.rim).clamp_min(0) * nonzero_voxels(image[box]).any(0)
-        return image[box].clone(), label[box].clone(), weight, (low + high - torch.tensor(whole.shape)) / 2
+        return image[box].clone(), label[box].clone(), weight, (low + high - shape) / 2
 
 
 class WithinBrain(Compose):

@@ -19,6 +19,7 @@ from bundle_runs import TINY
 from custom import cli
 from custom.crossval import runner
 from custom.files import file_sha256
+from custom.weights import read_checkpoint
 
 SETTINGS = TINY | {"corrector": "custom.corrdiff.corrdiff_tiny", "vq_epochs": 1, "write_pictures": False}
 
@@ -116,6 +117,17 @@ def stop(words: list[str], run_dir: Path, job: str, sign: str, kill: signal.Sign
     process.join()
     assert process.exitcode == (1 if kill == signal.SIGINT else -kill)
     return status(run_dir, job) == "started"
+
+
+def test_the_recipe_of_the_released_weights_ends_in_an_ensemble_that_runs_as_they_do(phantoms, tmp_path):
+    overlay = tmp_path / "tiny.json"
+    own = {"crop_size": [32, 32, 32], "crop_margin": 8, "pad_margin": 2, "num_phantoms": 0, "transplant_prob": 1.0}
+    overlay.write_text(json.dumps(SETTINGS | own | {"max_epochs": 1, "vq_epochs": 0, "warmup_epochs": 0}))
+    words = ["crossval", str(phantoms), "--models", "comnet", "--num_folds", "2", "--config"]
+    finish([*words, f"release.json,release_finer.json,{overlay}"], tmp_path / "run")
+    facts = read_checkpoint(tmp_path / "run" / "ensemble" / "model.pt")[1]
+    assert facts["mirror_axes"] == [0] and facts["selection"] == "last" and facts["drop_modalities_prob"] == 0.25
+    assert len(scores(tmp_path / "run")) == 12
 
 
 def test_done_once_it_only_tells_the_result(whole, words):

@@ -119,6 +119,17 @@ class TestOverlays:
             assert json.loads(laid.read_text()) == {"spacing": [3, 3, 3]}
         assert json.loads(self.over([str(mine)], tmp_path)[1].read_text()) == json.loads(mine.read_text())
 
+    def test_names_that_a_recipe_brings_along_are_laid_over_with_what_refers_to_them(self, tmp_path):
+        mine = tmp_path / "mine.json"
+        mine.write_text('{"crop_margin": 4}')
+        _, laid = self.over(["release.json", str(mine)], tmp_path)
+        recipe = json.loads((bundle_root("comnet_mednext") / "configs" / "release.json").read_text())
+        assert json.loads(laid.read_text()) == recipe | {"crop_margin": 4}
+        _, _, laid = self.over(["release.json", str(mine)], tmp_path, configs=("inference.json", "evaluate.json"))
+        assert not {"crop_margin", "phantoms", "train#random_transforms"} & json.loads(laid.read_text()).keys()
+        with pytest.raises(UserError, match="no config knows 'crop_margin'"):
+            Overlays([str(mine)], tmp_path)
+
     def test_later_files_win(self, tmp_path):
         (tmp_path / "mine.json").write_text('{"max_epochs": 1}')
         _, laid = self.over(["small.json", str(tmp_path / "mine.json")], tmp_path)
