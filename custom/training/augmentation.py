@@ -9,7 +9,6 @@ import torch
 from monai.config import KeysCollection
 from monai.transforms import Compose, MapTransform, RandBiasField, RandomizableTransform
 from monai.utils import ensure_tuple
-from scipy.ndimage import distance_transform_edt
 from torch.nn.functional import max_pool3d
 
 from ..cohort import MODALITIES, REQUIRED
@@ -215,95 +214,6 @@ def _gamma(values: torch.Tensor, gamma: float, flip: bool) -> torch.Tensor:
     share = (values - low) / (high - low).clamp_min(1e-6)
     curve = 1 - (1 - share) ** gamma if flip else share**gamma
     return (curve - curve.mean()) / curve.std().clamp_min(1e-6)
-
-
-class RandTransplantTumourd(RandomizableTransform, MapTransform):
-    """Transplant the whole tumour of another subject, so that core and oedema are seen in more than their own brains.
-
-    The idea is CarveMix's (Zhang et al., MICCAI 2021, doi 10.1007/978-3-030-87193-2_19); here the tumour brings its
-    surroundings along, which fade into the new brain within `rim` voxels, comes to lie about as far from the middle of
-    the brain as it was, on either side, and what the new brain has no room for is left away.
-
-    Args:
-        keys: names of image ``[C, *spatial]``, normalised, with zero as background, and of regions ``[3, *spatial]``,
-            in that order.
-        donors: items of the subjects whose tumours may be transplanted.
-        preprocessing: makes such an image and regions of a donor, always the same; each donor is prepared once, when
-            it is first drawn, and only its tumour is kept.
-        prob: probability for one subject; 0 leaves every subject as it is.
-        rim: width in voxels of the donor's tissue round the tumour, fading outwards.
-        shift: standard deviation in voxels, on each axis, of where the tumour comes to lie.
-        min_inside: share of the tumour that must find brain; otherwise the subject stays as it is.
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        donors: Sequence[Mapping[Hashable, Any]],
-        preprocessing: Callable,
-        prob: float = 0.0,
-        rim: int = 4,
-        shift: float = 8.0,
-        min_inside: float = 0.8,
-    ) -> None:
-        MapTransform.__init__(self, keys)
-        RandomizableTransform.__init__(self, prob)
-        self.donors = donors
-        self.preprocessing = preprocessing
-        self.rim = rim
-        self.shift = shift
-        self.min_inside = min_inside
-        self._tumours: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None] = {}
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Transplant one tumour, or none."""
-        subject = dict(data)
-        self.randomize(None)
-        if not self._do_transform or not self.donors:
-            return subject
-        donor, mirror = int(self.R.randint(len(self.donors))), bool(self.R.random() < 0.5)
-        shift = torch.as_tensor(self.R.normal(0.0, self.shift, 3))
-        if donor not in self._tumours:
-            self._tumours[donor] = self._tumour(self.donors[donor])
-        if (tumour := self._tumours[donor]) is None:
-            return subject
-        image, label, weight, offset = tumour
-        if mirror:
-            image, label, weight = image.flip(1), label.flip(1), weight.flip(0)
-            offset = offset * torch.tensor([-1.0, 1.0, 1.0])
-        into, regions = (subject[key] for key in self.keys)
-        shape = torch.tensor(into.shape[1:])
-        start = ((shape - torch.tensor(weight.shape)) / 2 + offset + shift).round().long()
-        low = start.clamp_min(0)
-        high = torch.minimum(start + torch.tensor(weight.shape), shape)
-        if (high <= low).any():
-            return subject
-        there = (slice(None), *(slice(int(a), int(b)) for a, b in zip(low, high, strict=True)))
-        here = (slice(None), *(slice(int(a), int(b)) for a, b in zip(low - start, high - start, strict=True)))
-        share = weight[here[1:]] * nonzero_voxels(into[there]).any(0)
-        whole = (label > 0).any(0)
-        if (share > 0.5)[whole[here[1:]]].sum() < self.min_inside * whole.sum():
-            return subject
-        into, regions = into.clone(), regions.clone()
-        into[there] = into[there] * (1 - share) + image[here] * share
-        regions[there] = torch.where(share > 0.5, label[here].to(regions.dtype), regions[there])
-        return {**subject, self.keys[0]: into, self.keys[1]: regions}
-
-    def _tumour(
-        self, item: Mapping[Hashable, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Image, regions, weight of the donor's voxels and place from the middle; ``None`` where there is no tumour."""
-        prepared = self.preprocessing(dict(item))
-        image, label = (torch.as_tensor(prepared[key]) for key in self.keys)
-        whole = (label > 0).any(0)
-        if not whole.any():
-            return None
-        where, shape = whole.nonzero(), torch.tensor(whole.shape)
-        low, high = (where.amin(0) - self.rim).clamp_min(0), torch.minimum(where.amax(0) + 1 + self.rim, shape)
-        box = (slice(None), *(slice(int(a), int(b)) for a, b in zip(low, high, strict=True)))
-        outside = torch.as_tensor(distance_transform_edt(~whole[box[1:]].numpy()), dtype=image.dtype)
-        weight = (1 - (outside - 1).clamp_min(0) / self.rim).clamp_min(0) * nonzero_voxels(image[box]).any(0)
-        return image[box].clone(), label[box].clone(), weight, (low + high - shape) / 2
 
 
 class WithinBrain(Compose):

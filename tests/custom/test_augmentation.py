@@ -10,7 +10,6 @@ from custom.training.augmentation import (
     RandDropModalitiesd,
     RandModalityBiasFieldd,
     RandModalityContrastd,
-    RandTransplantTumourd,
     WithinBrain,
 )
 
@@ -135,72 +134,3 @@ def test_draws_follow_the_seed_inside_the_brain_too():
     transform = WithinBrain([RandGaussianNoised("image", prob=1.0)])
     first, second = (transform.set_random_state(5)({"image": MetaTensor(image())})["image"] for _ in range(2))
     assert torch.equal(first, second)
-
-
-DONOR = {"subject": "donor"}
-
-
-def transplant(places=((6, 5, 4),), size=3, prepared=None, **settings):
-    """Transplants from one donor: its brain is 5 everywhere; one cube of ET (within TC and WT) for each place."""
-    donor = torch.zeros(3, *SIZE)
-    for x, y, z in places:
-        donor[:, x : x + size, y : y + size, z : z + size] = 1
-
-    def prepare(item):
-        assert item == DONOR
-        if prepared is not None:
-            prepared.append(item["subject"])
-        return {"image": 5.0 * (image() != 0), "label": donor.to(torch.uint8)}
-
-    transform = RandTransplantTumourd(["image", "label"], [DONOR], prepare, **{"prob": 1.0, "shift": 0.0} | settings)
-    return transform.set_random_state(0)
-
-
-def recipient():
-    return {"image": image(), "label": torch.zeros(3, *SIZE, dtype=torch.uint8), "subject": "recipient"}
-
-
-def test_a_tumour_is_transplanted_whole_with_a_fading_rim_at_its_place_or_the_mirrored_one():
-    places, transform = set(), transplant()
-    for _ in range(20):
-        source = recipient()
-        result = transform(source)
-        where = result["label"][0].nonzero()
-        places.add(tuple(where.min(0).values.tolist()))
-        assert (where.max(0).values - where.min(0).values).tolist() == [2, 2, 2]
-        assert (
-            len(where) == 27
-            and result["label"].dtype == torch.uint8
-            and bool((result["label"] == 1).any(0).sum() == 27)
-        )
-        assert torch.equal(result["image"][:, result["label"][0] > 0], torch.full((4, 27), 5.0))
-        assert torch.equal(result["image"] == 0, source["image"] == 0), "nothing is put outside the brain"
-        rim = (result["image"][0] - source["image"][0]) / (5.0 - source["image"][0])
-        x, y, z = where.min(0).values
-        assert rim[x, y + 1, z + 1] == 1 and 0 < rim[x + 1, y + 5, z + 1] < rim[x + 1, y + 4, z + 1] < 1
-        assert torch.equal(source["image"], image()) and not source["label"].any()
-    assert places == {(6, 5, 4), (14 - 6 - 3, 5, 4)}
-
-
-def test_a_tumour_with_no_room_in_the_brain_is_not_transplanted_and_part_of_one_may_be_left_away():
-    full = transplant(shift=1000.0)(recipient())
-    assert torch.equal(full["image"], image()) and not full["label"].any()
-    outside = transplant(places=((0, 0, 0), (6, 5, 4)), min_inside=0.6)(recipient())
-    assert not outside["label"].any()
-    part = transplant(places=((0, 0, 0), (6, 5, 4)), min_inside=0.4)(recipient())
-    assert part["label"][2].sum() == 27 and not part["label"][:, image()[0] == 0].any()
-
-
-def test_a_donor_without_tumour_gives_none_and_each_is_prepared_once():
-    prepared: list[str] = []
-    transform = transplant(places=(), prepared=prepared)
-    assert not any(transform(recipient())["label"].any() for _ in range(5))
-    assert prepared == ["donor"]
-
-
-def test_transplants_are_off_by_default_and_reproducible():
-    off = RandTransplantTumourd(["image", "label"], [DONOR], lambda item: pytest.fail("nothing is to be prepared"))
-    assert torch.equal(off(recipient())["image"], image())
-    ours, theirs = ([t(recipient())["label"] for _ in range(8)] for t in (transplant(shift=1.0), transplant(shift=1.0)))
-    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
-    assert any(not torch.equal(one, ours[0]) for one in ours[1:])
