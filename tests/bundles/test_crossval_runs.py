@@ -128,6 +128,8 @@ def test_the_recipe_of_the_released_weights_ends_in_an_ensemble_that_runs_as_the
     facts = read_checkpoint(tmp_path / "run" / "ensemble" / "model.pt")[1]
     assert facts["mirror_axes"] == [0] and facts["selection"] == "last" and facts["drop_modalities_prob"] == 0.25
     assert len(scores(tmp_path / "run")) == 12
+    coarse = list((tmp_path / "run" / "coarse").glob("*/*.npy"))
+    assert len(coarse) == 6, "what the corrector was trained on is what the ensemble is tuned on"
 
 
 def test_done_once_it_only_tells_the_result(whole, words):
