@@ -27,9 +27,9 @@ MODEL_KEY = "model"
 PROVENANCE_KEY = "provenance"
 NUM_FOLDS = 5
 RELEASED: dict[str, str] = {
-    "comnet_corrdiff": "aba75fbd5592d255696abdbf4df715f922e199c475964d44cd9c65fde4c91d5b",
-    "comnet_ensemble": "cb10ee2600d71a1164a76df71c5d0a67cb827a1893cfba326b9138f279636ae5",
-    "comnet_mednext": "a4d86f7d3c5697f9c2190b59960298b76b4c0d4dd54ae1fdc3830289b0c1a2e0",
+    "comnet_corrdiff": "22404c3ff4fc73aa7eafab0dfed73f0a2c62a9248ecdc0461e739c238dea7855",
+    "comnet_ensemble": "05a38d53f311bdc68ca00a09a86b126163f158f798210fb4ae0f99269e28c161",
+    "comnet_mednext": "001e50a7146f78fbf8a243421764f291dd05cae668e9f1ca9fe0464924dc4b83",
 }
 """SHA-256 of each bundle's released ``models/model.pt``: a file that says it is a release must be one of them."""
 DEFAULT_SETTINGS: dict[str, list[Any]] = {
