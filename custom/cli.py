@@ -89,7 +89,7 @@ def segment(
     settings = ensemble_settings(found, device)
     print(f"weights: {found.note}", file=sys.stderr)
     if sliding_window:
-        settings["inferer"] = "@sliding_window"
+        settings |= {"inferer": "@sliding_window", "mirror_axes": []}
 
     def run(dataset: Any) -> None:
         run_bundle(
