@@ -40,6 +40,8 @@ DEFAULT_SETTINGS: dict[str, list[Any]] = {
 MONAI_NETWORKS = "monai.networks.nets"
 TRUSTED = {"backbone": "custom.mednext.mednext_", "corrector": "custom.corrdiff.corrdiff_"}
 """How the names of networks begin that weights may name: those that the room exports, and MONAI's own backbones."""
+OF_THE_PARTS = ("backbone", "corrector", "spacing", "patch_size", "mirror_axes")
+"""What an ensemble and the backbones and correctors that it is gathered from must agree on."""
 NUMBERS = ("spacing", "patch_size", "mirror_axes", "num_folds", "refine_each_fold")
 
 

@@ -21,7 +21,6 @@ from ..files import UserError, write_text
 from .inputs import INDIFFERENT, Overlays, Subjects, code_digest, config_contents, with_files
 
 SELECTIONS = ("paper", "inner", "last")
-OF_THE_PARTS = ("backbone", "corrector", "spacing", "patch_size", "mirror_axes")
 OF_COARSE = ("backbone", "image_preprocessing", "coarse_inferer", "coarse")
 
 
@@ -229,6 +228,8 @@ class _Planner:
 
     def comnet(self) -> list[Job]:
         """Jobs of CorrDiff and the ensemble; both read the same coarse predictions, of the code that there is now."""
+        from ..weights import OF_THE_PARTS
+
         values = self.overlays.values("comnet_corrdiff", "train.json")
         if self.overlays.values("comnet_mednext", "train.json").get("selection") != values.get("selection"):
             raise UserError("a config sets another selection for MedNeXt than for CoMNeT: use --selection")

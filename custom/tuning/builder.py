@@ -29,7 +29,7 @@ from ..comnet import CoMNeT
 from ..files import UserError, file_sha256, write_text
 from ..inference.inferers import describe
 from ..metrics import PAPER, may_infer
-from ..weights import Checkpoint, CheckpointError, fold_checkpoint, save_atomically
+from ..weights import OF_THE_PARTS, Checkpoint, CheckpointError, fold_checkpoint, save_atomically
 from .choice import DEFAULT_THRESHOLD, DEFAULT_VOLUME_MM3, Choice, Grid, choose
 
 logger = logging.getLogger("comnet")
@@ -161,9 +161,6 @@ class EnsembleBuilder:
         engine.run([None], max_epochs=1)
 
 
-SETTINGS = ("backbone", "corrector", "spacing", "patch_size", "mirror_axes")
-
-
 def gather_parts(
     network: CoMNeT,
     facts: Mapping[str, Any],
@@ -175,7 +172,7 @@ def gather_parts(
 
     Args:
         network: the ensemble to fill.
-        facts: what its provenance says already; parts that say otherwise of ``SETTINGS`` are refused.
+        facts: what its provenance says already; parts that say otherwise of ``OF_THE_PARTS`` are refused.
         backbones_dir: folder with ``fold<k>/model.pt`` of ``comnet_mednext``.
         correctors_dir: folder with ``fold<k>/model.pt`` of ``comnet_corrdiff``; ``None`` loads no corrector.
         corrector_fold: whose corrector it is.
@@ -196,7 +193,7 @@ def gather_parts(
     if corrector is not None:
         corrector.load(network.corrector, "corrector.")
     parts = [*backbones, *([corrector] if corrector else [])]
-    for part, name in itertools.product(parts, SETTINGS):
+    for part, name in itertools.product(parts, OF_THE_PARTS):
         if name in part.facts and name in facts and part.facts[name] != facts[name]:
             raise CheckpointError(
                 f"{part.path} was trained with {name} {part.facts[name]}, not {facts[name]}: set {name} to that"
