@@ -14,6 +14,7 @@ from .network import (
     mednext_large,
     mednext_light,
     mednext_medium,
+    mednext_slim,
     mednext_small,
     mednext_tiny,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "mednext_large",
     "mednext_light",
     "mednext_medium",
+    "mednext_slim",
     "mednext_small",
     "mednext_tiny",
 ]

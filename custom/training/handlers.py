@@ -53,7 +53,8 @@ class GradientClipper:
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        scale = getattr(optimizer, "grad_scale", None)  # of a fused optimiser, which unscales in its step, after this
+        torch.nn.utils.clip_grad_norm_(parameters, self.max_norm * (1.0 if scale is None else float(scale)))
 
 
 @dataclass(eq=False)

@@ -25,7 +25,8 @@ IMPORTS = {"import os", "import sys", "import torch.distributed as dist"}
 BUILTINS = {"str", "type"}
 CALLS = {
     *("os.environ", "os.path.abspath", "os.path.dirname", "os.path.join", "sys.path.insert"),
-    *("torch.device", "torch.cuda.is_available", "torch.cuda.set_device", "torch.float32", "torch.uint8"),
+    *("torch.device", "torch.cuda.is_available", "torch.cuda.set_device", "torch.bfloat16"),
+    *("torch.float32", "torch.uint8"),
     *("monai.handlers.from_engine", "monai.utils.set_determinism"),
     *("dist.destroy_process_group", "dist.get_rank", "dist.init_process_group", "dist.is_initialized"),
 }

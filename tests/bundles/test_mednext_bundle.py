@@ -127,6 +127,17 @@ def test_the_finer_stage_starts_from_the_weights_of_the_coarser_one(phantoms, tm
     assert all(torch.allclose(after[key], before[key], atol=1e-6) for key in before)
 
 
+def test_the_recipe_for_a_gpu_passes_each_subject_often_in_an_epoch(phantoms, tmp_path):
+    small = {"spacing": [5.0] * 3, "patch_size": [32, 32, 32], "crop_size": [32, 32, 32], "crop_margin": 8}
+    settings = {"dataset_dir": str(phantoms), "models_dir": str(tmp_path), "num_folds": 3, "pad_margin": 2} | small
+    settings |= {"max_epochs": 1, "warmup_epochs": 0, "num_phantoms": 0, "num_workers": 0, "repeats": 2}
+    run("comnet_mednext", "train.json", "release.json", "release_finer.json", "release_gpu.json", **settings)
+    facts = read_checkpoint(tmp_path / "fold0" / "model.pt")[1]
+    assert facts["backbone"] == "custom.mednext.mednext_slim" and facts["mirror_axes"] == [0]
+    progress = torch.load(tmp_path / "fold0" / "last.pt", weights_only=True)["progress"]
+    assert progress["iteration"] == 2 * len(facts["trained_on"])
+
+
 def test_inner_selection_neither_trains_nor_chooses_on_the_fold_that_is_scored(phantoms, tmp_path):
     train(tmp_path, phantoms, selection="inner", max_epochs=1)
     facts = read_checkpoint(tmp_path / "fold0" / "model.pt")[1]

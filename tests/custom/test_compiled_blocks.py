@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
 from custom.mednext import mednext_light, network
 
@@ -65,3 +66,24 @@ def test_the_kernels_are_what_runs(compiled, monkeypatch):
     )
     gradients(mednext_light().train(), torch.randn(1, 4, 16, 16, 16))
     assert used >= {"dw_fwd", "dws_fwd", "dwt_fwd", "dw_wgrad", "dws_wg", "expand_fwd", "expand_back", "linear_back"}
+
+
+def test_triton_depthwise_convolutions_and_gradients_are_pytorchs(monkeypatch):
+    pytest.importorskip("triton", reason="Triton comes with PyTorch's builds for CUDA")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    spec = importlib.util.spec_from_file_location("triton_depthwise", SOURCE.with_name("triton_depthwise.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    for channels, stride, size in ((16, 1, (5, 6, 7)), (16, 2, (6, 8, 4)), (72, 1, (3, 4, 5)), (8, 2, (5, 7, 3))):
+        inputs = [torch.randn(2, channels, *size), torch.randn(channels, 1, 3, 3, 3), torch.randn(channels)]
+        found, expected = ([tensor.clone().requires_grad_() for tensor in inputs] for _ in range(2))
+        reference = functional.conv3d(*expected, stride, 1, groups=channels)
+        output, gradient = module.depthwise(*found, stride), torch.randn_like(reference)
+        assert torch.allclose(output, reference, atol=1e-4)
+        for ours, theirs in zip(
+            torch.autograd.grad(output, found, gradient),
+            torch.autograd.grad(reference, expected, gradient),
+            strict=True,
+        ):
+            assert torch.allclose(ours, theirs, atol=1e-4)

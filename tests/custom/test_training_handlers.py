@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,6 +175,15 @@ def test_clipping_bounds_the_accumulated_gradient_at_each_step(tmp_path):
     trainer.run()
     assert len(norms) == 2
     assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
+def test_clipping_bounds_what_a_fused_optimiser_has_yet_to_unscale():
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer, scaler = torch.optim.SGD([weight], lr=1.0, fused=True), torch.GradScaler("cpu", init_scale=1024.0)
+    GradientClipper(max_norm=1.0)._hook(SimpleNamespace(optimizer=optimizer))
+    scaler.scale((weight * torch.tensor([30.0, 40.0])).sum()).backward()
+    scaler.step(optimizer)
+    assert weight.tolist() == pytest.approx([-0.6, -0.8])
 
 
 def test_progress_bar_covers_all_epochs(tmp_path, capsys):
