@@ -28,8 +28,8 @@ PROVENANCE_KEY = "provenance"
 NUM_FOLDS = 5
 RELEASED: dict[str, str] = {
     "comnet_corrdiff": "22404c3ff4fc73aa7eafab0dfed73f0a2c62a9248ecdc0461e739c238dea7855",
-    "comnet_ensemble": "05a38d53f311bdc68ca00a09a86b126163f158f798210fb4ae0f99269e28c161",
-    "comnet_mednext": "001e50a7146f78fbf8a243421764f291dd05cae668e9f1ca9fe0464924dc4b83",
+    "comnet_ensemble": "d598b7514500c73f3071c75368fed8cf0e2fd3d360495b4bbe3424fc67d815ea",
+    "comnet_mednext": "33a1b9d59436bfb0d7be067201a19ec48aa978b04729d2598cea33c3dde649f7",
 }
 """SHA-256 of each bundle's released ``models/model.pt``: a file that says it is a release must be one of them."""
 DEFAULT_SETTINGS: dict[str, list[Any]] = {
