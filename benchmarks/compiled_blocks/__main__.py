@@ -10,9 +10,7 @@ processor. On a GPU it needs Triton, which PyTorch's builds for CUDA bring along
 from __future__ import annotations
 
 import pydoc
-import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +20,9 @@ import torch
 
 from custom.training import DeepSupervisionLoss
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from timing import interleave  # noqa: E402
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cuda":
     import triton_depthwise as kernels
@@ -42,27 +42,24 @@ def steps(backbone: str, size: Sequence[int], runs: int = 5) -> None:
     Args:
         backbone: such as ``custom.mednext.mednext_base``.
         size: of the crop.
-        runs: steps that are timed, after two that are not.
+        runs: steps that are timed, after one that is not.
     """
-    medians = []
-    for name, install in (("PyTorch", lambda: None), ("with the kernels", kernels.install)):
-        install()
-        torch.manual_seed(0)
-        network = pydoc.locate(backbone)(in_channels=4, out_channels=3).to(DEVICE).train()  # type: ignore[operator]
-        optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=True)
-        image, regions = torch.randn(1, 4, *size, device=DEVICE), (torch.rand(1, 3, *size, device=DEVICE) > 0.9).float()
-        seconds = []
-        for _ in range(2 + runs):
-            start = time.perf_counter()
-            with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
-                DeepSupervisionLoss()(network(image), regions).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        medians.append(statistics.median(seconds[2:]))
-        print(f"{backbone} {tuple(size)} {name}: {medians[-1]:.3f} s a step, {medians[0] / medians[-1]:.2f} times")
+    image, regions = torch.randn(1, 4, *size, device=DEVICE), (torch.rand(1, 3, *size, device=DEVICE) > 0.9).float()
+    network = pydoc.locate(backbone)(in_channels=4, out_channels=3).to(DEVICE).train()  # type: ignore[operator]
+    optimizer, loss = torch.optim.AdamW(network.parameters(), 1e-4, fused=True), DeepSupervisionLoss()
+
+    def step() -> None:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            loss(network(image), regions).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    plain = interleave({"step": step}, runs)["step"]
+    kernels.install()
+    fast = interleave({"step": step}, runs)["step"]
+    print(f"{backbone} {tuple(size)}: PyTorch {plain:.3f} s a step, kernels {fast:.3f} s, {plain / fast:.2f} times")
 
 
 if __name__ == "__main__":

@@ -38,24 +38,15 @@ def run(block: network.Block, x: Tensor) -> Tensor:
     """`Block.run`."""
     if not is_known(block, x):
         return plain_run(block, x)
-    stride = block.conv1.stride[0]
-    y = depthwise(x, block.conv1.weight, block.conv1.bias, stride)
-    residual = network.to_rows(x)
-    if stride == 2:
-        assert block.res_conv.bias is not None
-        residual = network.to_rows(x[:, :, ::2, ::2, ::2]) @ block.res_conv.weight.flatten(1).t()
-        residual = residual + block.res_conv.bias.to(residual.dtype)
-    return block.mix(y, residual)
+    y = depthwise(x, block.conv1.weight, block.conv1.bias, block.conv1.stride[0])
+    return block.mix(y, network.to_rows(block.res_conv(x)))
 
 
 def upsample(block: network.UpBlock, x: Tensor) -> Tensor:
     """`UpBlock.upsample`: a plain convolution over zeros between voxels."""
     if not is_known(block, x):
         return plain_upsampling(block, x)
-    n, c, d, h, w = x.shape
-    sparse = x.new_zeros(n, 2 * d - 1, 2 * h - 1, 2 * w - 1, c)
-    sparse[:, ::2, ::2, ::2] = x.permute(0, 2, 3, 4, 1)
-    return depthwise(sparse.permute(0, 4, 1, 2, 3), block.conv1.weight.flip([2, 3, 4]), block.conv1.bias, 1)
+    return depthwise(network.between_zeros(x), block.conv1.weight.flip([2, 3, 4]), block.conv1.bias, 1)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:

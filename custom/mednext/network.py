@@ -162,11 +162,8 @@ class UpBlock(Block):
         """The depthwise convolution; on a CPU a plain one over zeros between voxels is twice as fast forward."""
         if not streams(x):
             return self.conv1(x)
-        n, c, d, h, w = x.shape
-        sparse = x.new_zeros(n, 2 * d - 1, 2 * h - 1, 2 * w - 1, c)
-        sparse[:, ::2, ::2, ::2] = x.permute(0, 2, 3, 4, 1)
         weight, size = self.conv1.weight.flip([2, 3, 4]), self.conv1.weight.shape[2]
-        return F.conv3d(sparse.permute(0, 4, 1, 2, 3), weight, self.conv1.bias, padding=size // 2, groups=c)
+        return F.conv3d(between_zeros(x), weight, self.conv1.bias, padding=size // 2, groups=x.shape[1])
 
 
 class Head(nn.Module):
@@ -187,6 +184,14 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """1x1x1 convolution of x (N, C, D, H, W) with weight (C, O) and bias (O,), in channels-last memory."""
     z = to_rows(x) @ weight
     return to_volume(z + bias.to(z.dtype), x)
+
+
+def between_zeros(x: Tensor) -> Tensor:
+    """Put a zero between neighbours of x (N, C, D, H, W): (N, C, 2D - 1, 2H - 1, 2W - 1), in channels-last memory."""
+    n, c, d, h, w = x.shape
+    sparse = x.new_zeros(n, 2 * d - 1, 2 * h - 1, 2 * w - 1, c)
+    sparse[:, ::2, ::2, ::2] = x.permute(0, 2, 3, 4, 1)
+    return sparse.permute(0, 4, 1, 2, 3)
 
 
 def to_rows(x: Tensor) -> Tensor:
