@@ -3,7 +3,8 @@
 `comnet segment` runs in processes of its own: read, preprocess, five MedNeXt-B, CorrDiff with 25 steps, post-process,
 write, picture, report. The peer is one pass of MONAI's MedNeXt-B in PyTorch over the same brain box, windows of
 128×160×112 with overlap 0.25, without reading or writing. The weights are random unless given: time does not depend on
-them, but the picture and the volumes then mean nothing.
+them, but the picture and the volumes then mean nothing. The released weights have a peer of their size: the network of
+MONAI's BraTS bundle.
 
     python benchmarks/bench_segment.py --data DATASET_DIR --runs 5 --output docs/benchmarks.md
 """
@@ -24,7 +25,8 @@ from pathlib import Path
 import torch
 from bench_mednext import FULL, monais
 from monai.bundle import ConfigParser
-from monai.inferers import SlidingWindowInferer
+from monai.inferers import Inferer, SlidingWindowInferer
+from monai.networks.nets import SegResNet
 from timing import environment, markdown_table, publish
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,6 +41,14 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGED = Path(__file__).with_name("staged_segment.py")
 ALONE = ("--num_workers", "0")  # one subject: reading has nothing to overlap with, and the clock sees it
 NETWORKS = {"base": (mednext_base, corrdiff_base), "tiny": (mednext_tiny, corrdiff_tiny)}
+
+
+TITLES = {
+    "released": "A whole subject with the released weights",
+    "chain": "A whole subject, five MedNeXt-B and CorrDiff at 1 mm",
+    "growth": "Growth with folds and samples",
+    "many": "Many subjects in a row, five MedNeXt tiny at 2 mm",
+}
 
 
 def make_weights(folder: Path, name: str, folds: int, spacing: float) -> Path:
@@ -64,35 +74,53 @@ def segment(folders: Sequence[Path], weights: Path, output_dir: Path, *options: 
     return {**json.loads(done.stdout.splitlines()[-1]), "whole process": seconds}
 
 
-def peer(item: dict) -> float:
-    """Seconds of one sliding-window pass of MONAI's MedNeXt over a subject's brain box."""
+def monai_mednext() -> tuple[torch.nn.Module, Inferer]:
+    """MONAI's MedNeXt-B in the windows of the paper."""
+    return monais().eval(), SlidingWindowInferer(FULL, overlap=0.25)
+
+
+def monai_brats_bundle() -> tuple[torch.nn.Module, Inferer]:
+    """Network and windows of `brats_mri_segmentation` in MONAI's Model Zoo."""
+    network = SegResNet(3, 16, 4, 3, dropout_prob=0.2, blocks_down=(1, 2, 2, 4), blocks_up=(1, 1, 1))
+    return network.eval(), SlidingWindowInferer((240, 240, 160), overlap=0.5)
+
+
+PEERS = {
+    "MONAI MedNeXt-B, PyTorch, one pass": monai_mednext,
+    "MONAI's BraTS bundle, its network alone, PyTorch": monai_brats_bundle,
+}
+
+
+def seconds_of(peer: str, item: dict) -> float:
+    """Seconds of one pass of a peer over a subject's brain box at 1 mm."""
+    network, inferer = PEERS[peer]()
     parser = ConfigParser()
     parser.read_config(ROOT / "bundles/comnet_mednext/configs/inference.json")
     parser.update({"bundle_root": str(ROOT), "path_setup": None})
     prepared = parser.get_parsed_content("preprocessing")({"subject": item["subject"], "image": list(item["image"])})
-    image, network = prepared["image"].as_tensor()[None], monais().eval()
+    image = prepared["image"].as_tensor()[None]
     start = time.perf_counter()
     with torch.no_grad():
-        SlidingWindowInferer(FULL, overlap=0.25)(image, network)
+        inferer(image, network)
     return time.perf_counter() - start
 
 
-def one_subject(item: dict, weights: Path, runs: int, scratch: Path) -> str:
-    """The chain against the peer, turn by turn, and its stages."""
+def one_subject(item: dict, weights: Path, runs: int, scratch: Path, peer: str) -> str:
+    """The chain against a peer, turn by turn, and its stages."""
     ours, peers = [], []
     for run in range(runs):
         ours.append(segment([Path(item["image"][0]).parent], weights, scratch / f"chain{run}", *ALONE))
-        peers.append(peer(item))
+        peers.append(seconds_of(peer, item))
         print(f"run {run + 1}: ours {ours[-1]['whole process']:.1f} s, MONAI {peers[-1]:.1f} s", file=sys.stderr)
     median = {name: statistics.median(figures[name] for figures in ours) for name in ours[0]}
     reference, whole, peak = statistics.median(peers), median["whole process"], median.pop("peak") / 1e9
-    rows = [["MONAI MedNeXt-B, PyTorch, one pass", f"{reference:.1f}", "1.00"]]
-    rows.append(["a complete CoMNeT, whole process", f"{whole:.1f}", f"{whole / reference:.3f}"])
+    rows = [[peer, f"{reference:.1f}", "1.00"]]
+    rows.append(["`comnet segment`, whole process", f"{whole:.1f}", f"{whole / reference:.3f}"])
     staged = {name: value for name, value in median.items() if name != "whole process"}
     rest = whole - sum(staged.values())
     rows += [[f"– {name}", f"{value:.1f}", f"{value / reference:.3f}"] for name, value in staged.items()]
     rows.append(["– the rest, starting Python and importing above all", f"{rest:.1f}", f"{rest / reference:.3f}"])
-    table = markdown_table([f"{item['subject']}", "seconds", "of MONAI's pass"], rows)
+    table = markdown_table([f"{item['subject']}", "seconds", "of the peer's"], rows)
     return f"{table}\n\nPeak memory of the whole process: {peak:.2f} GB."
 
 
@@ -138,28 +166,25 @@ def main() -> None:
     parser.add_argument("--subject", default="BraTS2021_01476", help="the one that is segmented")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--weights", type=Path, help="of a CoMNeT with MedNeXt-B; random ones if not given")
-    parser.add_argument("--parts", nargs="+", default=["chain", "growth", "many"], choices=["chain", "growth", "many"])
+    parser.add_argument("--parts", nargs="+", default=list(TITLES), choices=TITLES)
     parser.add_argument("--output", type=Path, help="Markdown report, such as docs/benchmarks.md; else printed only")
     arguments = parser.parse_args()
     items = list(Cohort(str(arguments.data)).subjects())
     item = next(item for item in items if item["subject"] == arguments.subject)
     command = f"python benchmarks/bench_segment.py --data BRATS2021 --runs {arguments.runs}"
-    titles = {
-        "chain": "A whole subject",
-        "growth": "Growth with folds and samples",
-        "many": "Many subjects in a row",
-    }
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
+        mednext, bundle = PEERS
+        weights = arguments.weights or make_weights(scratch / "whole", "base", 5, 1.0)
+        released = ROOT / "bundles" / "comnet_ensemble" / "models"
         makers = {
-            "chain": lambda: one_subject(
-                item, arguments.weights or make_weights(scratch / "whole", "base", 5, 1.0), arguments.runs, scratch
-            ),
+            "released": lambda: one_subject(item, released, arguments.runs, scratch / "released", bundle),
+            "chain": lambda: one_subject(item, weights, arguments.runs, scratch, mednext),
             "growth": lambda: growth(item, scratch),
             "many": lambda: many_subjects(items, scratch),
         }
         for part in arguments.parts:
-            text = f"## {titles[part]}\n\n`{command} --parts {part}`\n\n{environment()}.\n\n{makers[part]()}"
+            text = f"## {TITLES[part]}\n\n`{command} --parts {part}`\n\n{environment()}.\n\n{makers[part]()}"
             publish(text, arguments.output, part)
 
 

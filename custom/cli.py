@@ -199,8 +199,8 @@ def crossval(
         datalist: datalist as `comnet validate` writes it, or a dataset folder, which is then checked first.
         output_dir: folder for checkpoints, masks, scores, logs and report.
         models: which of segresnet, mednext and comnet, with commas; comnet needs mednext, which is added.
-        config: files to lay over the bundles' configs, with commas: small.json of the bundles, or JSON files of your
-            own, which are laid over every config.
+        config: files to lay over the bundles' configs, with commas: small.json or release.json of the bundles, or JSON
+            files of your own, which are laid over every config.
         jobs: jobs side by side; by default one a GPU, or one.
         dataset_dir: where the dataset is, if the datalist does not know or it was moved.
         num_folds: folds to deal a dataset folder into, by default 5; a datalist has its own.

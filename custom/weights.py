@@ -167,8 +167,8 @@ class Weights:
         folds = {int(path.parent.name[4:]): path for path in self.path.glob("fold[0-9]*/model.pt")}
         if not folds and not whole.is_file():
             raise CheckpointError(
-                f"no weights at {self.path}: there is neither model.pt nor fold<k>/model.pt (the released weights come "
-                "with a release, not with every clone): name yours by --weights, weights_dir or checkpoint"
+                f"no weights at {self.path}: there is neither model.pt nor "
+                "fold<k>/model.pt: name yours by --weights, weights_dir or checkpoint"
             )
         if whole.is_file() and (not folds or Checkpoint.at(whole).num_backbones):
             return (Checkpoint.at(whole),)

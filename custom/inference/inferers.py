@@ -78,14 +78,15 @@ class WholeVolumeInferer(Inferer):
 
 
 class FewWindowsInferer(WholeVolumeInferer):
-    """Cover the volume with windows no larger than a training patch, at the least computing.
+    """Cover the volume with windows of at most the voxels of a patch, at the least computing.
 
-    GRN and normalisation then see about as many voxels as in training: on real subjects that gave better masks than
-    one pass over a whole brain, at the same cost, and it bounds the memory ("Window plans" in docs/benchmarks.md). All
+    GRN and normalisation take their statistics over a window. Windows of a training patch gave small networks better
+    masks than one pass over a whole brain, and they bound the memory ("Window plans" in docs/benchmarks.md); the
+    released weights were better in windows as large as a brain (docs/results.md). All
     windows of a volume are equal, multiples of `divisor`, and blended where they overlap; one may be enough.
 
     Args:
-        patch_size: size of the training patch; a window has at most as many voxels, of any shape.
+        patch_size: a window has at most as many voxels, of any shape.
         overlap: least number of voxels that neighbours share.
         divisor: every window size is a multiple of this; 16 for MedNeXt.
         execution, mirror_axes: see :class:`WholeVolumeInferer`.

@@ -119,7 +119,7 @@ def stop(words: list[str], run_dir: Path, job: str, sign: str, kill: signal.Sign
     return status(run_dir, job) == "started"
 
 
-def test_the_recipe_of_the_released_weights_ends_in_an_ensemble_that_runs_as_they_do(phantoms, tmp_path):
+def test_the_recipe_for_few_subjects_ends_in_an_ensemble_that_runs_as_it_was_trained(phantoms, tmp_path):
     overlay = tmp_path / "tiny.json"
     own = {"crop_size": [32, 32, 32], "crop_margin": 8, "pad_margin": 2, "num_phantoms": 0}
     overlay.write_text(json.dumps(SETTINGS | own | {"max_epochs": 1, "vq_epochs": 0, "warmup_epochs": 0}))
