@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from monai.networks.nets import SegResNet
 from torch.nn import functional
 
 from custom.mednext import mednext_light, network
@@ -87,3 +90,16 @@ def test_triton_depthwise_convolutions_and_gradients_are_pytorchs(monkeypatch):
             strict=True,
         ):
             assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.skipif(not SOURCE.exists(), reason="this is no checkout of the repository")
+def test_segresnet_trains_in_bfloat16_and_is_evaluated_as_ever(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    in_bfloat16 = runpy.run_path(str(SOURCE.with_name("__main__.py")), run_name="compiled_blocks")["in_bfloat16"]
+    torch.manual_seed(0)
+    model, image = SegResNet(3, 8, 4, 3), torch.randn(1, 4, 16, 16, 16)
+    plain = model(image)
+    found = in_bfloat16(model.train(), image)
+    assert found.dtype == torch.float32 and found.grad_fn is not None
+    assert 1e-5 < (found - plain).norm() / plain.norm() < 0.05
+    assert torch.equal(in_bfloat16(model.eval(), image), plain)
