@@ -27,7 +27,7 @@ MODEL_KEY = "model"
 PROVENANCE_KEY = "provenance"
 NUM_FOLDS = 5
 RELEASED: dict[str, str] = {
-    "comnet_corrdiff": "f504931da4facb0291b01ba7755a42da3ea38c54a5c98401dc6197100636c642",
+    "comnet_corrdiff": "9232be25069784ea0f96d7e8c8b977ce12462d5dd043a0271c4b5075e5ce98d4",
     "comnet_ensemble": "d598b7514500c73f3071c75368fed8cf0e2fd3d360495b4bbe3424fc67d815ea",
     "comnet_mednext": "33a1b9d59436bfb0d7be067201a19ec48aa978b04729d2598cea33c3dde649f7",
 }
