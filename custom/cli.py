@@ -122,11 +122,16 @@ def _path(name: str | Path) -> Path:
 
 def _override(name: str, value: Any) -> Any:
     """Read a value of a config that came as text: places stay text, anything else is what Python makes of it."""
-    from fire.parser import DefaultParseValue
-
     if name.endswith(("_dir", "_file")):
         return _path(value)
-    return DefaultParseValue(value) if isinstance(value, str) else value
+    return _parsed(value) if isinstance(value, str) else value
+
+
+def _parsed(text: str) -> Any:
+    """Read a word as Fire does, but for `false`, which is a text to Fire and so would count as true."""
+    from fire.parser import DefaultParseValue
+
+    return {"true": True, "false": False}.get(text.lower(), DefaultParseValue(text))
 
 
 def _dataset(verb: str, inputs: Sequence[str], files: Mapping[str, str | None], name: str | None) -> Any:
@@ -392,16 +397,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def as_typed(command: Callable[..., None]) -> Callable[..., None]:
     """Have Fire leave names and paths as they were typed: else `2023_01` becomes a number and `a,b` a tuple."""
-    from fire import decorators, parser
+    from fire import decorators
 
     parameters: Mapping[str, inspect.Parameter] = inspect.signature(command).parameters
     if command is segment:  # those of studies are among its overrides
         parameters = {**inspect.signature(prepare).parameters, **parameters}
-    numbers = {
-        name: parser.DefaultParseValue
-        for name, parameter in parameters.items()
-        if "str" not in str(parameter.annotation)
-    }
+    numbers = {name: _parsed for name, parameter in parameters.items() if "str" not in str(parameter.annotation)}
     return decorators.SetParseFns(**numbers)(decorators.SetParseFn(str)(command))
 
 

@@ -164,7 +164,8 @@ class Weights:
             CheckpointError: there are none, a fold is missing, one cannot be read, or they do not belong together.
         """
         whole = self.path / "model.pt" if self.path.is_dir() else self.path
-        folds = {int(path.parent.name[4:]): path for path in self.path.glob("fold[0-9]*/model.pt")}
+        places = [path for path in self.path.glob("fold*/model.pt") if path.parent.name[4:].isdecimal()]
+        folds = {int(path.parent.name[4:]): path for path in places}
         if not folds and not whole.is_file():
             raise CheckpointError(
                 f"no weights at {self.path}: there is neither model.pt nor "

@@ -242,6 +242,14 @@ def test_names_and_paths_stay_text(name, weights, monkeypatch):
     assert runs[1]["output_dir"] == Path.home() / "out"
 
 
+@pytest.mark.parametrize(("word", "value"), [("false", False), ("False", False), ("true", True), ("0.5", 0.5)])
+def test_false_is_false(word, value, weights, monkeypatch):
+    runs = []
+    monkeypatch.setattr(cli, "run_bundle", lambda *configs, **values: runs.append(values))
+    comnet("segment", "A", "--output_dir", "o", "--weights", weights, "--pictures", word, f"--allow_missing={word}")
+    assert (runs[0]["write_pictures"], runs[0]["allow_missing"]) == (value, value)
+
+
 def test_a_fault_of_ours_keeps_its_traceback_beside_the_outputs(dataset, weights, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "run_bundle", lambda *configs, **values: [][0])
     told = comnet("segment", dataset, "--output_dir", tmp_path / "out", "--weights", weights)

@@ -45,3 +45,8 @@ def test_table_quotes_what_needs_it_and_writes_a_header_without_rows(tmp_path):
     write_table(tmp_path / "b.csv", ["subject", "reason"], [])
     assert (tmp_path / "a.csv").read_text() == 'subject,reason\nBT0001,"a, b"\n'
     assert (tmp_path / "b.csv").read_text() == "subject,reason\n"
+
+
+def test_names_that_are_no_utf8_are_written_as_escapes(tmp_path):
+    write_table(tmp_path / "table.csv", ["subject"], [{"subject": os.fsdecode(b"caf\xe9")}])
+    assert (tmp_path / "table.csv").read_text() == "subject\ncaf\\udce9\n"

@@ -109,6 +109,13 @@ def test_as_many_folds_as_were_trained_are_expected(tmp_path):
         _ = Weights(tmp_path).facts
 
 
+def test_a_copy_of_a_fold_under_another_name_is_no_fold(tmp_path):
+    write_fold(tmp_path, 0, num_folds=1)
+    (tmp_path / "fold0_backup").mkdir()
+    (tmp_path / "fold0_backup" / "model.pt").write_bytes(b"")
+    assert len(Weights(tmp_path).checkpoints) == 1
+
+
 def test_folds_that_do_not_belong_together_are_refused(tmp_path):
     for fold in range(3):
         write_fold(tmp_path, fold, spacing=[1.0 + fold, 1.0, 1.0])
