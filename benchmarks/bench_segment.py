@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -74,6 +74,9 @@ def segment(folders: Sequence[Path], weights: Path, output_dir: Path, *options: 
     return {**json.loads(done.stdout.splitlines()[-1]), "whole process": seconds}
 
 
+Peer = Callable[[], tuple[torch.nn.Module, Inferer]]
+
+
 def monai_mednext() -> tuple[torch.nn.Module, Inferer]:
     """MONAI's MedNeXt-B in the windows of the paper."""
     return monais().eval(), SlidingWindowInferer(FULL, overlap=0.25)
@@ -85,15 +88,8 @@ def monai_brats_bundle() -> tuple[torch.nn.Module, Inferer]:
     return network.eval(), SlidingWindowInferer((240, 240, 160), overlap=0.5)
 
 
-PEERS = {
-    "MONAI MedNeXt-B, PyTorch, one pass": monai_mednext,
-    "MONAI's BraTS bundle, its network alone, PyTorch": monai_brats_bundle,
-}
-
-
-def seconds_of(peer: str, item: dict) -> float:
+def seconds_of(network: torch.nn.Module, inferer: Inferer, item: dict) -> float:
     """Seconds of one pass of a peer over a subject's brain box at 1 mm."""
-    network, inferer = PEERS[peer]()
     parser = ConfigParser()
     parser.read_config(ROOT / "bundles/comnet_mednext/configs/inference.json")
     parser.update({"bundle_root": str(ROOT), "path_setup": None})
@@ -105,16 +101,16 @@ def seconds_of(peer: str, item: dict) -> float:
     return time.perf_counter() - start
 
 
-def one_subject(item: dict, weights: Path, runs: int, scratch: Path, peer: str) -> str:
+def one_subject(item: dict, weights: Path, runs: int, scratch: Path, peer: Peer, name: str) -> str:
     """The chain against a peer, turn by turn, and its stages."""
     ours, peers = [], []
     for run in range(runs):
-        ours.append(segment([Path(item["image"][0]).parent], weights, scratch / f"chain{run}", *ALONE))
-        peers.append(seconds_of(peer, item))
+        ours.append(segment([Path(item["image"][0]).parent], weights, scratch / str(run), *ALONE))
+        peers.append(seconds_of(*peer(), item))
         print(f"run {run + 1}: ours {ours[-1]['whole process']:.1f} s, MONAI {peers[-1]:.1f} s", file=sys.stderr)
     median = {name: statistics.median(figures[name] for figures in ours) for name in ours[0]}
     reference, whole, peak = statistics.median(peers), median["whole process"], median.pop("peak") / 1e9
-    rows = [[peer, f"{reference:.1f}", "1.00"]]
+    rows = [[name, f"{reference:.1f}", "1.00"]]
     rows.append(["`comnet segment`, whole process", f"{whole:.1f}", f"{whole / reference:.3f}"])
     staged = {name: value for name, value in median.items() if name != "whole process"}
     rest = whole - sum(staged.values())
@@ -174,12 +170,23 @@ def main() -> None:
     command = f"python benchmarks/bench_segment.py --data BRATS2021 --runs {arguments.runs}"
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        mednext, bundle = PEERS
-        weights = arguments.weights or make_weights(scratch / "whole", "base", 5, 1.0)
-        released = ROOT / "bundles" / "comnet_ensemble" / "models"
         makers = {
-            "released": lambda: one_subject(item, released, arguments.runs, scratch / "released", bundle),
-            "chain": lambda: one_subject(item, weights, arguments.runs, scratch, mednext),
+            "released": lambda: one_subject(
+                item,
+                ROOT / "bundles/comnet_ensemble/models",
+                arguments.runs,
+                scratch / "released",
+                monai_brats_bundle,
+                "MONAI's BraTS bundle, its network alone, PyTorch",
+            ),
+            "chain": lambda: one_subject(
+                item,
+                arguments.weights or make_weights(scratch / "whole", "base", 5, 1.0),
+                arguments.runs,
+                scratch / "chain",
+                monai_mednext,
+                "MONAI MedNeXt-B, PyTorch, one pass",
+            ),
             "growth": lambda: growth(item, scratch),
             "many": lambda: many_subjects(items, scratch),
         }

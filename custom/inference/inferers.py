@@ -81,9 +81,9 @@ class FewWindowsInferer(WholeVolumeInferer):
     """Cover the volume with windows of at most the voxels of a patch, at the least computing.
 
     GRN and normalisation take their statistics over a window. Windows of a training patch gave small networks better
-    masks than one pass over a whole brain, and they bound the memory ("Window plans" in docs/benchmarks.md); the
-    released weights were better in windows as large as a brain (docs/results.md). All
-    windows of a volume are equal, multiples of `divisor`, and blended where they overlap; one may be enough.
+    masks than one pass over a whole brain, and they bound the memory ("Window plans" in docs/benchmarks.md); a longer
+    trained network was better in windows as large as a brain (docs/results.md). All windows of a volume are equal,
+    multiples of `divisor`, and blended where they overlap; one may be enough.
 
     Args:
         patch_size: a window has at most as many voxels, of any shape.
