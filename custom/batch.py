@@ -33,6 +33,7 @@ EXIT_NONE_SEGMENTED = 4
 VOLUME_COLUMNS = ("subject", "et_ml", "tc_ml", "wt_ml", "missing", "status", "seconds", "warnings", "weights")
 RECORD_NAME = "record.json"
 IMAGES = ("seg.nii.gz", "prob.nii.gz", "uncertainty.nii.gz")
+PICTURE = "qc.png"
 MARK = "weights.txt"
 TABLES = ("volumes.csv", "scores.csv", "summary.csv", "report.html", "scores.html")
 Item = Mapping[str, Any]
@@ -92,27 +93,39 @@ class Records:
         return self.output_dir / subject / name
 
     def read(self, subject: str) -> Record | None:
-        """Return a subject's record, ``None`` unless it is there whole, and its mask with it."""
+        """Return a subject's record, ``None`` unless it is there whole, and all outputs that it names with it."""
         try:
             record = json.loads(self.path(subject, RECORD_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return record if isinstance(record, dict) and self.path(subject, f"{subject}_seg.nii.gz").is_file() else None
+        if not isinstance(record, dict):
+            return None
+        outputs = record.get("outputs", [f"{subject}_seg.nii.gz"])
+        return record if all(self.path(subject, name).is_file() for name in outputs) else None
 
     def write(self, record: Record) -> None:
-        """Write a subject's record, whole or not at all."""
-        write_text(self.path(record["subject"], RECORD_NAME), json.dumps(record, indent=2))
+        """Write a subject's record, whole or not at all, with the names of the outputs that there are."""
+        name = record["subject"]
+        outputs = [f"{name}_{kind}" for kind in (*IMAGES, PICTURE) if self.path(name, f"{name}_{kind}").is_file()]
+        write_text(self.path(name, RECORD_NAME), json.dumps(record | {"outputs": outputs}, indent=2))
 
     def others(self, subjects: Iterable[str]) -> list[Record]:
         """Records that earlier runs have left of subjects other than these."""
         names = {path.parent.name for path in self.output_dir.glob(f"*/{RECORD_NAME}")} - set(subjects)
         return [record for name in sorted(names) if (record := self.read(name)) is not None and "subject" in record]
 
+    def is_of(self, exclusion: Any) -> bool:
+        """Whether what there is of a subject came from where an exclusion lies, or from where nobody knows any more."""
+        files = (self.read(exclusion.subject) or {}).get("files", ())
+        folders = {os.path.dirname(file) for file, *_ in files if file}
+        place = exclusion.file
+        return not folders or not os.path.isabs(place) or bool(folders & {place, os.path.dirname(place)})
+
     def forget(self, subject: str) -> None:
         """Delete what there is of a subject: nothing of an earlier run may be taken for a result of this one."""
         names = [name for name in (f"{subject}_{kind}" for kind in IMAGES) if is_ours(self.path(subject, name))]
         if self._is_marked() or self.read(subject):
-            names += [RECORD_NAME, f"{subject}_qc.png"]
+            names += [RECORD_NAME, f"{subject}_{PICTURE}"]
         for name in names:
             self.path(subject, name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it holds something else
@@ -143,9 +156,12 @@ def stamps(item: Item) -> list[list[Any]]:
 def _other_subject(earlier: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]]) -> bool:
     """Whether files differ in path and in content, as far as size and time tell; moved files are the same subject.
 
-    A modality that is absent before or now says nothing.
+    A modality that is absent before or now says nothing; where no modality was there both times, the folders tell.
     """
     pairs = [(one, other) for one, other in zip(earlier, now, strict=False) if one[0] and other[0]]
+    if not pairs:
+        folders, others = ({os.path.dirname(one[0]) for one in files if one[0]} for files in (earlier, now))
+        return folders.isdisjoint(others)
     return all(one[0] != other[0] and list(one[1:]) != list(other[1:]) for one, other in pairs)
 
 
@@ -253,7 +269,7 @@ class Batch:
         if self.records:
             logger.info("%d of %d subjects are done already in %s", len(self.records), len(items), self.output_dir)
         for exclusion in getattr(self.cohort, "exclusions", ()):
-            if exclusion.subject not in self.items:
+            if exclusion.subject not in self.items and self.folder.is_of(exclusion):
                 self.folder.forget(exclusion.subject)
         todo = [item for name, item in self.items.items() if name not in self.records]
         idist.barrier()  # several processes must agree on who is left before the first of them begins
@@ -345,7 +361,7 @@ class Batch:
 
         item = self.items[name]
         write_qc_picture(
-            self.folder.path(name, f"{name}_qc.png"),
+            self.folder.path(name, f"{name}_{PICTURE}"),
             input_files({"image": item["image"]}),
             self.folder.path(name, f"{name}_seg.nii.gz"),
             title=name,
@@ -391,7 +407,7 @@ class Batch:
         rows = [_volume_row(record) for record in records]
         others = [_volume_row(record | {"status": "earlier run"}) for record in self.folder.others(self.records)]
         write_table(self.output_dir / "volumes.csv", VOLUME_COLUMNS, rows + others)
-        pictures = {name: self.folder.path(name, f"{name}_qc.png") for name in sorted(self.records)}
+        pictures = {name: self.folder.path(name, f"{name}_{PICTURE}") for name in sorted(self.records)}
         pictures = {name: path for name, path in pictures.items() if path.is_file()}
         if self.pictures:
             from .report import write_segment_report

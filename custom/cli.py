@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -384,11 +385,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     import fire
 
+    fire.decorators.FIRE_METADATA = "_FIRE_METADATA"  # else every help offers a group of that name
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[-1] in ("--help", "-h"):  # Fire alone would complain of missing arguments as well
         arguments[-1:] = ["--", "--help"]
     try:
+        _refuse_without_value(arguments)
         fire.Fire({name: as_typed(command) for name, command in SUBCOMMANDS.items()}, command=arguments, name="comnet")
+    except fire.core.FireExit as leave:
+        sys.exit(1 if leave.code else 0)  # Fire's own 2 is none of the codes that our users know
     except KeyboardInterrupt:
         sys.exit("comnet: stopped; the same command goes on from here")
     except Exception as error:
@@ -402,8 +407,28 @@ def as_typed(command: Callable[..., None]) -> Callable[..., None]:
     parameters: Mapping[str, inspect.Parameter] = inspect.signature(command).parameters
     if command is segment:  # those of studies are among its overrides
         parameters = {**inspect.signature(prepare).parameters, **parameters}
-    numbers = {name: _parsed for name, parameter in parameters.items() if "str" not in str(parameter.annotation)}
+    numbers: dict[str, Any] = {
+        name: partial(_whole_number, name) if "int" in str(parameter.annotation) else _parsed
+        for name, parameter in parameters.items()
+        if "str" not in str(parameter.annotation)
+    }
     return decorators.SetParseFns(**numbers)(decorators.SetParseFn(str)(command))
+
+
+def _whole_number(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"--{name} is {text!r}: give a whole number") from None
+
+
+def _refuse_without_value(arguments: Sequence[str]) -> None:
+    """Refuse `--output_dir` with nothing after it, of which Fire makes a folder of the name `True`."""
+    parameters = inspect.signature(SUBCOMMANDS.get(arguments[0], main)).parameters if arguments else {}
+    for word, after in pairwise([*arguments, "--"]):
+        name = word.removeprefix("--").replace("-", "_")
+        if word.startswith("--") and after.startswith("--") and "str" in str(getattr(parameters.get(name), "annotation", "")):
+            raise UserError(f"{word} needs a value")
 
 
 def _output_folder(arguments: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,30 @@ class FileError(OSError, UserError):
     def __str__(self) -> str:
         """The message, without the number that `OSError` puts before it."""
         return str(self.args[-1])
+
+
+def option_values(option: str, value: Any, expected: str, fits: Callable[[Any], bool], counts: Sequence[int]) -> tuple:
+    """Return the values of an option, of which a single one needs no brackets.
+
+    Args:
+        option: its name, for the message.
+        value: what was given.
+        expected: what to give, for the message.
+        fits: whether one value is as it should be.
+        counts: how many values there may be.
+
+    Raises:
+        UserError: there are more or fewer values, or one does not fit.
+    """
+    found = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    if len(found) not in counts or not all(map(fits, found)):
+        raise UserError(f"{option} is {value!r}: give {expected}")
+    return found
+
+
+def is_number(value: Any, least: float, most: float) -> bool:
+    """Whether a value is a number, `True` and `False` being none, from `least` to `most`."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
 @contextmanager

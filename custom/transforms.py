@@ -30,6 +30,7 @@ from monai.utils import (
 )
 
 from .cohort import REGION_TISSUES, REGIONS, SubjectError, named_modalities, palette_values, read_scan
+from .files import is_number, option_values
 
 logger = logging.getLogger("comnet")
 DEFAULT_PALETTE = "brats2021"
@@ -177,11 +178,16 @@ class ResampleToSpacingd(MapTransform, InvertibleTransform):
     Args:
         keys: images, channel first, with affines; interpolated linearly.
         pixdim: target spacing in mm.
+
+    Raises:
+        UserError: it is not three lengths.
     """
 
     def __init__(self, keys: KeysCollection, pixdim: Sequence[float]) -> None:
         super().__init__(keys)
-        self.pixdim = np.asarray(pixdim, dtype=float)
+        expected = "three lengths in mm, such as [1,1,1]"
+        spacing = option_values("spacing", pixdim, expected, lambda one: is_number(one, 0.1, 100), (3,))
+        self.pixdim = np.asarray(spacing, dtype=float)
         self.spacing = Spacing(pixdim=list(pixdim), mode="bilinear", padding_mode="border", dtype=torch.float32)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..cohort import MODALITIES, SubjectError
+from ..cohort.layouts import CONTRAST_WORDS, NO_CONTRAST_WORDS
 from .reading import NAMES, Series, Study, words_of
 
 MIN_SLICES = 8
@@ -42,14 +43,8 @@ _BODY_WORDS = {
     "chest",
 }
 _HEAD_PARTS = {"", "HEAD", "BRAIN", "SKULL", "HEADNECK", "HEAD AND NECK", "WHOLEBODY"}
-_CONTRAST = {
-    *("ce", "gd", "gad", "gado", "gadolinium", "gadovist", "dotarem", "post", "postgd", "postcontrast", "contrast"),
-    *("km", "mdc", "enhanced", "+c", "c+", "+gd", "+gad", "t1c", "t1ce", "t1gd", "t1gad", "t1post", "t1+c", "inj"),
-}
-_NO_CONTRAST = {
-    *("pre", "pregd", "precontrast", "nonenhanced", "noncontrast", "nativ", "native", "without", "wo", "ohne", "sans"),
-    *("plain", "unenhanced", "non", "t1n", "t1pre"),
-}
+_CONTRAST = CONTRAST_WORDS | {"t1c", "t1ce", "t1gd", "t1gad", "t1post", "t1+c"}
+_NO_CONTRAST = NO_CONTRAST_WORDS | {"t1n", "t1pre"}
 _T1_WORDS = {"t1", "t1w", "t1n", "t1c", "t1ce", "t1gd", "t1gad", "t1post", "t1pre", "t1+c", "t1wce"}
 _T1_SEQUENCES = {"mprage", "spgr", "fspgr", "bravo", "mp2rage", "tfl", "vibe", "flash3d"}
 _T2_WORDS = {"t2", "t2w", "t2tse", "t2fse"}

@@ -56,13 +56,20 @@ _CASE_SUFFIXES = {
 }
 _PLAIN_WORDS = {
     "t1n": {"t1", "t1n", "t1w", "t1pre", "t1native"},
-    "t1c": {"t1c", "t1ce", "t1gd", "t1gad", "t1post", "t1contrast", "t1wce"},
+    "t1c": {"t1c", "t1ce", "t1gd", "t1gad", "t1post", "t1contrast", "t1wce", "t1c+", "t1+c"},
     "t2w": {"t2", "t2w"},
     "flair": {"flair", "t2flair", "t2f", "t2wflair"},
 }
-_CONTRAST_WORDS = {"c", "ce", "gd", "gad", "gado", "post", "postcontrast", "contrast"}
+CONTRAST_WORDS = {
+    *("ce", "gd", "gad", "gado", "gadolinium", "gadovist", "dotarem", "post", "postgd", "postcontrast", "contrast"),
+    *("km", "mdc", "enhanced", "+c", "c+", "+gd", "+gad", "inj"),
+}
+NO_CONTRAST_WORDS = {
+    *("pre", "pregd", "precontrast", "nonenhanced", "noncontrast", "nativ", "native", "without", "wo", "ohne", "sans"),
+    *("plain", "unenhanced", "non"),
+}
 _MASK_WORDS = {"seg", "segm", "segmentation", "label", "labels", "labelmap", "mask", "tumorseg", "tumourseg"}
-_OTHER_IMAGES = {"ants", "map", "mapping", "star", "swi"}
+_OTHER_IMAGES = {"ants", "map", "mapping", "star", "swi", "adc", "dwi", "dti", "diffusion", "perfusion", "cbv", "cbf"}
 
 
 def is_nifti(name: str) -> bool:
@@ -121,12 +128,22 @@ def _plain_role(words: list[str]) -> str | None:
     return roles.pop() if len(roles) == 1 and not _OTHER_IMAGES.intersection(words) else None
 
 
-def _names_contrast(words: list[str]) -> bool:
-    """Whether a word for contrast stands next to T1; elsewhere it may belong to the case name (`pat-c_01_T1`)."""
-    pairs = list(pairwise(words))
-    after = any(a in _PLAIN_WORDS["t1n"] and b in _CONTRAST_WORDS for a, b in pairs)
-    before = any(b in _PLAIN_WORDS["t1n"] and a in _CONTRAST_WORDS - {"c"} for a, b in pairs)
-    return after or before
+def _names_contrast(words: list[str]) -> bool | None:
+    """Whether a T1's name says that contrast was given.
+
+    A word for contrast counts behind T1 and right before it, unless a word such as `no` or `pre` denies it. Farther in
+    front it may belong to the name of the case, and so may `c` everywhere but right behind T1 (`pat-c_01_T1`): None.
+    """
+    t1 = [place for place, word in enumerate(words) if word in _PLAIN_WORDS["t1n"]]
+    given = [
+        place
+        for place, (before, word) in enumerate(pairwise(["", *words]))
+        if word in CONTRAST_WORDS or (word == "c" and place - 1 in t1)
+        if before not in NO_CONTRAST_WORDS | {"no"}
+    ]
+    if any(place > t1[0] or place + 1 in t1 for place in given):
+        return True
+    return None if given else False
 
 
 _SHOWN = 12
@@ -258,18 +275,28 @@ def _words(name: str) -> list[str]:
 
 
 def _numbers(name: str) -> tuple[str, ...]:
-    """Words with a digit that name no modality, such as that of a patient."""
-    return tuple(word for word in _words(name) if re.search(r"\d", word) and not _plain_role([word]))
+    """Words with a digit that name neither a modality nor a sequence, such as that of a patient."""
+    words = [word for word in _words(name) if re.search(r"\d", word) and word not in ("2d", "3d")]
+    return tuple(word for word in words if not _plain_role([word]))
 
 
 def _doubtful(names: Iterable[str], layout: str, missing: Sequence[str]) -> list[str]:
     """Files that may be what seems to be missing: images whose names say nothing, and what a lost image has left.
 
-    Names of masks are known, and so are the series that `comnet prepare` keeps beside what it has made of them.
+    Names of masks are known, and so are the series that `comnet prepare` keeps beside what it has made of them. Where
+    a T1 is missing, so is one whose word for contrast may be of the case: all names have it, or it stands far from T1.
     """
     words = {name: _words(name) for name in names}
     prepared = "preparation.json" in words
-    return [
+    images = [name for name in words if is_nifti(name) and role_of(name, layout) in MODALITIES]
+    shared = set.intersection(*map(set, map(words.get, images))) if len(images) > 1 else set()
+    of_case = [
+        name
+        for name in images
+        if layout == "plain" and {"t1n", "t1c"} & set(missing) and _PLAIN_WORDS["t1n"] & set(words[name])
+        if _names_contrast(words[name]) is None or CONTRAST_WORDS & shared
+    ]
+    return of_case + [
         name
         for name, said in words.items()
         if not name.startswith(".")

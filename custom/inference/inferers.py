@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from ignite.engine import Events
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
-from monai.inferers import Inferer, sliding_window_inference
+from monai.inferers import Inferer, SlidingWindowInferer, sliding_window_inference
 from monai.utils import BlendMode, convert_to_dst_type
 
-from ..files import UserError
+from ..files import UserError, option_values
 
 logger = logging.getLogger("comnet")
 
@@ -26,6 +26,16 @@ SUBJECT_KEY = "subject"
 FAILURE_KEY = "failure"
 WARNINGS_KEY = "warnings"
 CUDA_MEMORY_ADVICE = "use a smaller patch_size (--patch_size '[96,96,96]'), or the CPU"
+
+
+def check_patch_size(patch_size: Any) -> tuple[int, ...]:
+    """Return a patch size as a tuple of three lengths in voxels.
+
+    Raises:
+        UserError: it is something else.
+    """
+    expected = "three lengths in voxels, such as [128,160,112]"
+    return option_values("patch_size", patch_size, expected, lambda one: type(one) is int and one > 0, (3,))
 
 
 class WholeVolumeInferer(Inferer):
@@ -39,6 +49,9 @@ class WholeVolumeInferer(Inferer):
             the inferer of a bundle and call it with a network of their own.
         mirror_axes: spatial axes; for each the image is inferred once more, mirrored, and the logits are averaged.
             In images oriented to RAS, 0 is left and right.
+
+    Raises:
+        UserError: an axis is none of 0, 1 and 2.
     """
 
     def __init__(
@@ -50,7 +63,9 @@ class WholeVolumeInferer(Inferer):
         super().__init__()
         self.divisor = divisor
         self.execution = execution
-        self.mirror_axes = tuple(mirror_axes)
+        self.mirror_axes = option_values(
+            "mirror_axes", mirror_axes, "axes 0, 1 or 2, in brackets", lambda one: one in (0, 1, 2), range(4)
+        )
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
@@ -90,6 +105,9 @@ class FewWindowsInferer(WholeVolumeInferer):
         overlap: least number of voxels that neighbours share.
         divisor: every window size is a multiple of this; 16 for MedNeXt.
         execution, mirror_axes: see :class:`WholeVolumeInferer`.
+
+    Raises:
+        UserError: the patch is not three lengths, or holds no window.
     """
 
     def __init__(
@@ -101,8 +119,10 @@ class FewWindowsInferer(WholeVolumeInferer):
         mirror_axes: Sequence[int] = (),
     ) -> None:
         super().__init__(divisor, execution, mirror_axes)
-        self.patch_size = tuple(patch_size)
+        self.patch_size = check_patch_size(patch_size)
         self.overlap = overlap
+        if math.prod(self.patch_size) < divisor**3:
+            raise UserError(f"patch_size {self.patch_size} has fewer voxels than the smallest window: enlarge it")
 
     def infer(self, inputs: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Infer without mirroring, by a network that is ready to be called."""
@@ -115,19 +135,13 @@ class FewWindowsInferer(WholeVolumeInferer):
         return sliding_window_inference(inputs, window, 1, network, overlap, BlendMode.GAUSSIAN)
 
     def plan(self, size: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the window for a spatial size, and the number of windows along each axis.
-
-        Raises:
-            ValueError: the patch is smaller than the smallest window.
-        """
+        """Return the window for a spatial size, and the number of windows along each axis."""
         limit, plans = math.prod(self.patch_size), []
         most = [max(1, -(-(length - self.overlap) // (self.divisor - self.overlap))) for length in size]
         for counts in itertools.product(*(range(1, count + 1) for count in most)):
             window = tuple(self._window(length, n) for length, n in zip(size, counts, strict=True))
             if math.prod(window) <= limit:
                 plans.append((math.prod(window) * math.prod(counts), math.prod(counts), window, counts))
-        if not plans:
-            raise UserError(f"patch_size {self.patch_size} has fewer voxels than the smallest window: enlarge it")
         return min(plans)[2:]
 
     def _window(self, length: int, count: int) -> int:
@@ -185,11 +199,18 @@ class SubjectEvaluator(SupervisedEvaluator):
     After a subject, ``engine.state.failure`` is ``None`` or the reason why it failed, ``engine.state.subject`` its name
     and ``engine.state.warnings`` what is odd about its images. ``failures`` collects the reasons. Failures in reading,
     in the network and in postprocessing (writing included) are all caught; an interruption (Ctrl-C) is not.
+
+    Raises:
+        UserError: the inferer is none, or its window is no patch: every subject would fail.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.failures: dict[str, str] = {}
         super().__init__(*args, **kwargs)
+        if not callable(self.inferer):
+            raise UserError(f"inferer is {self.inferer!r}: a part of the config is named with an @, as in @few_windows")
+        if isinstance(self.inferer, SlidingWindowInferer):
+            check_patch_size(self.inferer.roi_size)
         self.add_event_handler(Events.STARTED, lambda engine: self.failures.clear())
 
     def run(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 from scipy import ndimage
 
 from ..cohort import REGIONS, palette_values
+from ..files import is_number, option_values
 from ..transforms import label_map_to_regions
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class PostprocessRegions(Transform):
         palette: name in `PALETTES` of the values to write.
 
     Raises:
-        ValueError: an argument has neither one value nor three, or the palette has no such name.
+        UserError: an argument has neither one value nor three, or a value that it cannot have; no such palette.
     """
 
     def __init__(
@@ -139,9 +140,10 @@ class PostprocessRegions(Transform):
         fill_holes: bool | Sequence[bool] = (False, True, True),
         palette: str = "brats2023",
     ) -> None:
-        self.thresholds = _per_region(thresholds)
-        self.min_volume_mm3 = _per_region(min_volume_mm3)
-        self.fill_holes = _per_region(fill_holes)
+        probable, sizes = "probabilities above 0 and up to 1", "volumes in mm³, 0 or more"
+        self.thresholds = _checked("thresholds", thresholds, probable, lambda one: is_number(one, math.ulp(0), 1))
+        self.min_volume_mm3 = _checked("min_volume_mm3", min_volume_mm3, sizes, lambda one: is_number(one, 0, 1e9))
+        self.fill_holes = _checked("fill_holes", fill_holes, "true or false", lambda one: isinstance(one, bool))
         self.palette = palette
         self.erased: list[str] = []
         palette_values(palette)
@@ -203,3 +205,10 @@ class PostprocessRegionsd(MapTransform):
 
 def _per_region(value: Any) -> tuple:
     return ensure_tuple_rep(value, len(REGIONS))
+
+
+def _checked(option: str, value: Any, expected: str, fits: Callable[[Any], bool]) -> tuple:
+    """One value per region, each checked; one that stands alone is for all."""
+    told = f"{expected}; one for all, or one each for {', '.join(REGIONS)}"
+    found = option_values(option, value, told, fits, (1, len(REGIONS)))
+    return found if len(found) > 1 else found * len(REGIONS)

@@ -153,6 +153,21 @@ def test_a_subject_is_done_again_when_something_changed(make, items, change):
     assert len(change(items, make).begin(items[:1])) == 1
 
 
+def test_a_subject_whose_picture_is_gone_is_done_again(make, items, monkeypatch):
+    monkeypatch.setattr("custom.report.write_qc_picture", lambda path, *_, **__: path.write_bytes(b"a picture"))
+
+    def begin():
+        book = make()
+        book.pictures = True
+        return book, book.begin(items[:1])
+
+    finish(begin()[0], "a")
+    book, todo = begin()
+    assert todo == []
+    (book.output_dir / "a" / "a_qc.png").unlink()
+    assert len(begin()[1]) == 1
+
+
 def test_failed_subjects_leave_no_mask_and_a_code(make, items):
     book = make()
     book.begin(items)
@@ -239,6 +254,16 @@ def test_an_excluded_subject_keeps_nothing_of_an_earlier_run(make, items):
     assert set(table(second)) == {"a"} and not (second.output_dir / "b").exists()
 
 
+def test_an_excluded_folder_costs_no_other_subject_of_its_name(make, items):
+    first = make()
+    first.begin(items)
+    finish(first, "b")
+    for place, stays in (("/elsewhere/b", True), ("/elsewhere/b/t1c.nii.gz", True), (items[1]["image"][1], False)):
+        second = make(cohort=SimpleNamespace(exclusions=[Exclusion("b", place, "is truncated", "copy it again")]))
+        second.begin(items[:1])
+        assert (second.output_dir / "b" / "b_seg.nii.gz").is_file() == stays
+
+
 def test_an_interrupted_subject_has_no_mask_of_an_earlier_run(make, items):
     first = make()
     first.begin(items[:1])
@@ -312,6 +337,8 @@ def test_a_modality_that_comes_or_goes_makes_no_other_subject_but_is_done_again(
     book.begin(part)
     finish(book, "a")
     assert make().begin(part) == [] and len(make().begin(items[:1])) == 1
+    rest = [items[0] | {"image": [items[0]["image"][0], "", "", ""]}]
+    assert len(make().begin(rest)) == 1, "no modality in common, but the same folder"
 
 
 @pytest.mark.parametrize("facts", [{}, {"selection": "last"}])

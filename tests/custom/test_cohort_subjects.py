@@ -63,11 +63,20 @@ class TestNames:
             ("sub-01_T1w", "sub-01_ce-GAD_T1w", "sub-01_T2w", "sub-01_FLAIR"),
             ("UPENN-GBM-00001_11_T1", "UPENN-GBM-00001_11_T1GD", "UPENN-GBM-00001_11_T2", "UPENN-GBM-00001_11_FLAIR"),
             ("p-c_t1", "p-c_t1.contrast", "p-c_t2", "p-c_t2f"),
+            ("pre_contrast_T1", "T1_MPRAGE_post", "T2", "FLAIR"),
+            ("T1_no_contrast", "T1_axial_Gd", "T2_TSE", "FLAIR"),
+            ("T1_3D", "T1_3D_with_contrast", "T2", "FLAIR_3D"),
+            ("sub-01_T1w", "sub-01_ce-gadolinium_T1w", "sub-01_T2w", "sub-01_FLAIR"),
+            ("t1_nativ", "t1_mprage_km", "t2", "flair"),
+            ("precontrast_T1", "postcontrast_T1", "T2", "FLAIR"),
+            ("T1_non_enhanced", "T1_enhanced", "T2", "FLAIR"),
+            ("T1", "T1C+", "T2", "FLAIR"),
+            ("post-op_T1", "post-op_T1c", "post-op_T2", "post-op_FLAIR"),
         ],
     )
     def test_plain_names(self, stems: tuple[str, ...]) -> None:
         names = [f"s/{stem}.nii" for stem in stems]
-        extra = ["s/ADC.nii", "s/T2_star.nii", "s/T1_brain_mask.nii", "s/brain_mask.nii", "s/T1_to_T2.nii", "s/T1.json"]
+        extra = ["s/ADC.nii", "s/T2_star.nii", "s/T1_brain_mask.nii", "s/T2_DWI.nii", "s/brain_mask.nii", "s/T1_to_T2.nii", "s/T1.json"]
         subject = one([*extra, *names[::-1]], require_label=False)
         assert (list(subject.images), subject.label) == (names, None)
         assert one([*extra, *names, "s/Segmentation.nii"]).label == "s/Segmentation.nii"

@@ -69,6 +69,26 @@ class TestNames:
         assert not subjects and "t1n image (T1, T1n or T1w)" in told
         assert f"take {beside} out of the folder, or name the files that there are by --t1n" in told
 
+    @pytest.mark.parametrize(
+        ("files", "kept"),
+        [
+            (("pre_contrast_T1", "T2", "FLAIR"), ("pre_contrast_T1", "", "T2", "FLAIR")),
+            (("no_contrast_T1", "FLAIR"), ("no_contrast_T1", "", "", "FLAIR")),
+            (("T1_SE_postcontrast", "T2", "FLAIR"), ("", "T1_SE_postcontrast", "T2", "FLAIR")),
+            (("T1_3D_CE", "FLAIR"), ("", "T1_3D_CE", "", "FLAIR")),
+        ],
+    )
+    def test_one_t1_is_what_its_name_says_of_contrast(self, files, kept):
+        ((subject,), _) = inputs(*(f"S/{name}.nii" for name in files))
+        assert subject.images == tuple(name and f"S/{name}.nii" for name in kept)
+
+    @pytest.mark.parametrize("case", ["post study", "contrast-p-1", "post"])
+    def test_a_word_for_contrast_that_may_be_of_the_case_leaves_the_t1_open(self, case):
+        names = [f"{case} {key}.nii" for key in ("T1", "T2", "FLAIR")]
+        subjects, (told,) = inputs(*(f"S/{name}" for name in names))
+        assert not subjects and f"take {names[0]} out of the folder, or name the files that there are by" in told
+        assert len(inputs(*(f"S/{name}" for name in [*names, f"{case} T1c.nii"]))[0]) == (case != "post")
+
     def test_masks_and_notes_beside_cast_no_doubt(self):
         beside = ["brain_mask.nii.gz", "T1_brain_mask.nii", "seg.nii.gz", "readme.txt", "FLAIR.json", "._T1.nii.gz"]
         subjects, told = inputs("S/T1c.nii.gz", "S/FLAIR.nii.gz", *(f"S/{name}" for name in beside))
