@@ -20,6 +20,8 @@ import numpy as np
 from ignite.engine import Engine, Events
 
 from . import __version__
+from .cohort import SubjectError
+from .cohort.checks import read_mask
 from .files import UserError, lock_folder, write_table, write_text
 from .inference import SUBJECT_KEY, told_warnings, volumes_ml
 from .inference.writer import is_ours
@@ -341,7 +343,7 @@ class Batch:
         record = self.records[name]
         if self.pictures:
             try:
-                self._draw(name, record["warnings"], record["missing"])
+                self._draw(name, record)
             except Exception as error:
                 logger.warning("subject %s: no picture: %s", name, error)
                 record["warnings"].append(f"no picture: {error}")
@@ -351,7 +353,7 @@ class Batch:
             logger.error("subject %s: %s", name, error)
             self._fail(name, str(error))
 
-    def _draw(self, name: str, warnings: Sequence[str], missing: str) -> None:
+    def _draw(self, name: str, record: Record) -> None:
         try:
             tempfile.gettempdir()
         except FileNotFoundError:  # all is read-only but the output: Matplotlib wants a folder for its list of fonts
@@ -359,18 +361,25 @@ class Batch:
             os.environ.setdefault("MPLCONFIGDIR", self._fonts.name)
         from .report import write_qc_picture
 
-        item = self.items[name]
+        item, palette = self.items[name], self.items[name].get("palette", "brats2021")
+        reference = item.get("label") or item.get("truth")
+        if item.get("truth"):
+            try:
+                read_mask(name, item["truth"], palette)
+            except SubjectError as error:
+                reference = None
+                record["warnings"].append(f"the mask beside the images is not drawn: {error.reason}")
         write_qc_picture(
             self.folder.path(name, f"{name}_{PICTURE}"),
             input_files({"image": item["image"]}),
             self.folder.path(name, f"{name}_seg.nii.gz"),
             title=name,
-            subtitle=missing and f"without {missing}",
+            subtitle=record["missing"] and f"without {record['missing']}",
             weights_note=self.weights.note,
             palette=self.settings["output_palette"],
-            reference_path=item.get("label") or item.get("truth"),
-            reference_palette=item.get("palette", "brats2021"),
-            warning="; ".join(warnings),
+            reference_path=reference,
+            reference_palette=palette,
+            warning="; ".join(record["warnings"]),
         )
 
     def close(self) -> None:
@@ -440,8 +449,9 @@ class Batch:
 
     def _key(self, name: str) -> str:
         """Digest of all that the result of a subject depends on."""
-        names = [self.model, self.fold, self.pictures]
-        content = [__version__, stamps(self.items[name]), names, self.settings, self.weights.sha256]
+        item = self.items[name]
+        names = [self.model, self.fold, self.pictures, *([item.get("palette")] if item.get("truth") else [])]
+        content = [__version__, stamps(item), names, self.settings, self.weights.sha256]
         return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 

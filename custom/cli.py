@@ -338,7 +338,12 @@ def demo_training(
 
 
 def demo(
-    data: str | None = None, output_dir: str = "runs/demo", seed: int = 0, num_subjects: int = 3, raw: bool = False
+    data: str | None = None,
+    output_dir: str = "runs/demo",
+    seed: int = 0,
+    num_subjects: int = 3,
+    raw: bool = False,
+    palette: str | None = None,
 ) -> None:
     """Segment fresh phantoms, or subjects of yours, with the released weights; score them where there are masks.
 
@@ -350,6 +355,8 @@ def demo(
         seed: of the phantoms: another seed gives other phantoms.
         num_subjects: how many phantoms.
         raw: instead of all that, one phantom's DICOM study as it leaves the scanner, by way of `comnet segment --raw`.
+        palette: of your masks, "brats2021" (enhancing tumour is 4) or "brats2023" (it is 3); by default the layout of
+            the names tells.
     """
     from .demo import PHANTOM_REMARK, write_demo_report, write_phantoms, write_study
 
@@ -361,12 +368,12 @@ def demo(
         return
     folders = [_path(data)] if data else write_phantoms(run / "phantoms", num_subjects, seed)
     code: Any = 0
-    options: dict[str, Any] = {"cohort#show_masks": True}
+    options: dict[str, Any] = {"cohort#show_masks": True} | ({"cohort#palette": palette} if palette else {})
     try:
         segment(*map(str, folders), output_dir=str(run / "segmented"), **options)
     except SystemExit as leave:  # some failed: the report tells of the others
         code = leave.code
-    page, table = write_demo_report(run, folders, "" if data else PHANTOM_REMARK)
+    page, table = write_demo_report(run, folders, "" if data else PHANTOM_REMARK, palette)
     print(table, *([] if data else [PHANTOM_REMARK]), f"look at {page}", sep="\n")
     if code:
         raise SystemExit(code)
@@ -426,8 +433,9 @@ def _refuse_without_value(arguments: Sequence[str]) -> None:
     """Refuse `--output_dir` with nothing after it, of which Fire makes a folder of the name `True`."""
     parameters = inspect.signature(SUBCOMMANDS.get(arguments[0], main)).parameters if arguments else {}
     for word, after in pairwise([*arguments, "--"]):
-        name = word.removeprefix("--").replace("-", "_")
-        if word.startswith("--") and after.startswith("--") and "str" in str(getattr(parameters.get(name), "annotation", "")):
+        parameter = parameters.get(word.removeprefix("--").replace("-", "_"))
+        takes_text = parameter is not None and "str" in str(parameter.annotation)
+        if takes_text and word.startswith("--") and after.startswith("--"):
             raise UserError(f"{word} needs a value")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .cohort import REGIONS
-from .files import UserError
+from .files import option_values
 from .weights import NUM_FOLDS
 
 PROBABILITY_MARGIN = 1e-6
@@ -56,12 +56,12 @@ class CoMNeT(nn.Module):
         uncertainty: bool = False,
     ) -> None:
         super().__init__()
-        if len(refine_regions) != len(REGIONS):
-            raise UserError(f"refine_regions is {list(refine_regions)}: one answer each for {', '.join(REGIONS)}")
+        expected = f"one answer each for {', '.join(REGIONS)}: true or false"
+        answers = option_values("refine_regions", refine_regions, expected, lambda one: one in (0, 1), (len(REGIONS),))
         self.backbones = nn.ModuleList(backbone() for _ in range(num_folds))
         self.corrector = corrector
         self.refine_each_fold = refine_each_fold
-        self.refine_regions = [bool(answer) for answer in refine_regions]
+        self.refine_regions = [bool(answer) for answer in answers]
         self.uncertainty = uncertainty
         self.margin = PROBABILITY_MARGIN
 

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from .cohort import REGIONS, Subject, SubjectError, find_subjects
-from .cohort.checks import GRID_TOLERANCE
-from .cohort.volumes import read_volume
+from .cohort.checks import GRID_TOLERANCE, read_mask
 from .phantom import cohort_seeds, write_absent
 
 GEOMETRY: dict[str, Any] = {"shape": (128, 154, 128), "spacing": (1.25, 1.25, 1.25)}
@@ -50,7 +49,9 @@ def write_study(folder: Path, seed: int = 0) -> Path:
     return study
 
 
-def write_demo_report(run: Path, folders: Sequence[Path], remark: str = "") -> tuple[Path, str]:
+def write_demo_report(
+    run: Path, folders: Sequence[Path], remark: str = "", palette: str | None = None
+) -> tuple[Path, str]:
     """Gather what `comnet segment` has left in `run`/segmented as one page and a table; score it where there are masks.
 
     A subject that the weights were trained on is not scored, nor one whose mask cannot be read or lies on another grid.
@@ -59,6 +60,7 @@ def write_demo_report(run: Path, folders: Sequence[Path], remark: str = "") -> t
         run: folder of the demo; the page is its report.html.
         folders: subject folders or dataset folders that were segmented.
         remark: what the reader of the scores must know.
+        palette: of the masks, a key of `PALETTES`; by default that of each subject's layout.
 
     Returns:
         The page, and the table as text: volumes in ml, and Dice.
@@ -69,7 +71,7 @@ def write_demo_report(run: Path, folders: Sequence[Path], remark: str = "") -> t
     from .weights import Weights
 
     weights = Weights(bundle_root("comnet_ensemble") / "models")
-    subjects, exclusions = find_subjects([*folders], require_label=False, subsets=True)
+    subjects, exclusions = find_subjects([*folders], palette=palette, require_label=False, subsets=True)
     with (run / "segmented" / "volumes.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["status"] != EARLIER]
     done = {row["subject"]: row for row in rows if row["status"] == DONE}
@@ -104,8 +106,7 @@ def score(subject: Subject, results: Path, weights: Any) -> dict[str, float]:
     if subject.name in weights.trained_on:
         reason = "the weights were trained on this subject: a score would be too good"
         raise SubjectError(subject.name, str(subject.label), reason, "Score subjects that they have not seen")
-    mask = read_volume(subject.name, str(subject.label), "mask")
-    mask.check_finite()
+    mask = read_mask(subject.name, str(subject.label), subject.palette)
     label_map = nib.load(results / f"{subject.name}_seg.nii.gz")
     if mask.voxels.shape != label_map.shape or (np.abs(mask.affine - label_map.affine) > GRID_TOLERANCE).any():
         raise mask.error("the mask is on another grid than the images", "Resample it to theirs")

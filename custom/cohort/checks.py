@@ -163,6 +163,23 @@ def check_subject(
     return facts
 
 
+def read_mask(subject: str, file: str, palette: str) -> Volume:
+    """Read a mask that a result is to be compared with; it may be without tumour.
+
+    Args:
+        subject: named in errors.
+        file: a NIfTI file.
+        palette: key of `PALETTES`.
+
+    Raises:
+        SubjectError: it cannot be read, or holds labels that its palette does not know.
+    """
+    mask = read_volume(subject, file, "mask")
+    mask.check_finite()
+    _check_labels(mask, palette, "exclude", True)
+    return mask
+
+
 def _read_channels(subject: str, file: str) -> list[Volume]:
     whole = read_volume(subject, file, dimensions=4)
     if whole.voxels.shape[3] != len(MODALITIES):

@@ -119,6 +119,47 @@ def test_wrong_use_is_one_clear_line(words, message, weights, tmp_path):
     assert message in told and "\n" not in told
 
 
+def test_a_wrong_value_is_told_before_an_earlier_result_is_touched(dataset, weights, tmp_path):
+    words = ("segment", dataset / "BT0001", "--output_dir", tmp_path, "--weights", weights, "--nopictures")
+    assert comnet(*words) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "BT0001").iterdir()}
+    for option, value, told in (
+        ("inferer", "whole_volume", "a part of the config is named with an @"),
+        ("patch_size", "[8,8,8]", "fewer voxels than the smallest window"),
+        ("patch_size", "64", "give three lengths in voxels"),
+        ("mirror_axes", "[7]", "give axes 0, 1 or 2"),
+        ("min_volume_mm3", "abc", "give volumes in mm³, 0 or more"),
+        ("thresholds", "2", "give probabilities above 0 and up to 1"),
+        ("thresholds", "[0.5,0.5]", "one each for ET, TC, WT"),
+        ("fill_holes", "3", "give true or false"),
+        ("spacing", "0", "give three lengths in mm"),
+        ("refine_regions", "3", "one answer each for ET, TC, WT"),
+    ):
+        message = comnet(*words, f"--{option}", value)
+        assert told in str(message) and option in message and "\n" not in message
+    assert "give three lengths in voxels" in comnet(*words, "--sliding_window", "--patch_size", "[64,64]")
+    assert {path: path.read_bytes() for path in (tmp_path / "BT0001").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["segment", "x", "--output_dir"], "--output_dir needs a value"),
+        (["segment", "x", "--output_dir", "--raw"], "--output_dir needs a value"),
+        (["validate", "x", "--num_folds", "many"], "--num_folds is 'many': give a whole number"),
+        (["demo", "--num_subjects", "1.5"], "--num_subjects is '1.5': give a whole number"),
+    ],
+)
+def test_an_option_without_a_fitting_value_is_named(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert comnet(*words) == f"comnet: {message}" and not list(tmp_path.iterdir())
+
+
+def test_wrong_usage_leaves_with_1_and_help_with_0(capsys):
+    assert (comnet("segment"), comnet("nosuch"), comnet("segment", "--help")) == (1, 1, 0)
+    assert "FIRE_METADATA" not in "".join(capsys.readouterr())
+
+
 def test_missing_weights_are_one_clear_line(dataset, tmp_path):
     told = comnet("segment", dataset, "--output_dir", tmp_path / "out", "--weights", tmp_path / "none")
     assert "no weights at" in told and "name yours by --weights" in told

@@ -76,7 +76,15 @@ class TestNames:
     )
     def test_plain_names(self, stems: tuple[str, ...]) -> None:
         names = [f"s/{stem}.nii" for stem in stems]
-        extra = ["s/ADC.nii", "s/T2_star.nii", "s/T1_brain_mask.nii", "s/T2_DWI.nii", "s/brain_mask.nii", "s/T1_to_T2.nii", "s/T1.json"]
+        extra = [
+            "s/ADC.nii",
+            "s/T2_star.nii",
+            "s/T1_brain_mask.nii",
+            "s/T2_DWI.nii",
+            "s/brain_mask.nii",
+            "s/T1_to_T2.nii",
+            "s/T1.json",
+        ]
         subject = one([*extra, *names[::-1]], require_label=False)
         assert (list(subject.images), subject.label) == (names, None)
         assert one([*extra, *names, "s/Segmentation.nii"]).label == "s/Segmentation.nii"

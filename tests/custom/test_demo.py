@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -102,6 +103,22 @@ def test_a_mask_on_another_grid_is_not_scored(copied):
     nib.save(mask.slicer[4:], subject / dataset.MASK_FILE)
     page, table = demo.write_demo_report(run, [subject])
     assert "Dice" not in table and "another grid" in page.read_text()
+
+
+def test_a_mask_of_another_palette_is_neither_scored_nor_drawn_until_it_is_named(copied, capsys):
+    run, subject = copied
+    mask = nib.load(subject / dataset.MASK_FILE)
+    newer = np.where(np.asarray(mask.dataobj) == 4, 3, np.asarray(mask.dataobj)).astype(np.uint8)
+    nib.save(nib.Nifti1Image(newer, mask.affine), subject / dataset.MASK_FILE)
+    results = run / "segmented" / "phantom_0_1"
+    comnet_demo("--data", run / "phantoms", "--output_dir", run)
+    told = "labels that palette brats2021"
+    assert "Dice" not in capsys.readouterr().out and told in (run / "report.html").read_text()
+    warnings = json.loads((results / "record.json").read_text())["warnings"]
+    assert any(one.startswith("the mask beside the images is not drawn") and told in one for one in warnings)
+    comnet_demo("--data", run / "phantoms", "--output_dir", run, "--palette", "brats2023")
+    heads, row = (line.split() for line in capsys.readouterr().out.splitlines()[:2])
+    assert "Dice" in heads and float(row[6]) > 0.5 and told not in (run / "report.html").read_text()
 
 
 def test_a_subject_that_lacks_a_modality_is_scored_too(copied):
