@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
@@ -191,6 +192,7 @@ sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "op
 
 
 def test_a_segmentation_reads_each_file_of_weights_once(dataset, weights, tmp_path):
+    gc.collect()  # what earlier tests have read is else still in use, and not read again
     opened.clear()
     assert comnet("segment", dataset / "BT0001", "--output_dir", tmp_path, "--weights", weights, "--nopictures") == 0
     assert [opened.count(str(fold_checkpoint(weights, fold))) for fold in range(NUM_FOLDS)] == [1] * NUM_FOLDS
