@@ -20,9 +20,9 @@ import numpy as np
 from ignite.engine import Engine, Events
 
 from . import __version__
-from .cohort import SubjectError
+from .cohort import MODALITIES, SubjectError
 from .cohort.checks import read_mask
-from .files import UserError, lock_folder, write_table, write_text
+from .files import BATCH_MARK, UserError, is_batch, lock_folder, write_table, write_text
 from .inference import SUBJECT_KEY, told_warnings, volumes_ml
 from .inference.writer import is_ours
 from .transforms import label_map_to_regions
@@ -36,7 +36,8 @@ VOLUME_COLUMNS = ("subject", "et_ml", "tc_ml", "wt_ml", "missing", "status", "se
 RECORD_NAME = "record.json"
 IMAGES = ("seg.nii.gz", "prob.nii.gz", "uncertainty.nii.gz")
 PICTURE = "qc.png"
-MARK = "weights.txt"
+OF_RAW = (*(f"seg_{modality}.nii.gz" for modality in MODALITIES), "seg.dcm", "scanned.png")
+"""What `comnet segment --raw` makes of a result: see `custom.clinical.masks.deliver`."""
 TABLES = ("volumes.csv", "scores.csv", "summary.csv", "report.html", "scores.html")
 Item = Mapping[str, Any]
 Record = dict[str, Any]
@@ -59,11 +60,11 @@ class Records:
             UserError: tables of someone else are there, or another process is writing here.
             FileError: the folder cannot be made or written.
         """
-        if not self._is_marked():
-            foreign = next((name for name in (MARK, *TABLES) if (self.output_dir / name).exists()), None)
+        if not is_batch(self.output_dir):
+            foreign = next((name for name in (BATCH_MARK, *TABLES) if (self.output_dir / name).exists()), None)
             if foreign:
                 raise UserError(f"{self.output_dir / foreign} is not CoMNeT's: choose another output_dir")
-        write_text(self.output_dir / MARK, note)
+        write_text(self.output_dir / BATCH_MARK, note)
         lock_folder(self.output_dir)
 
     def protect(self, items: Iterable[Item]) -> None:
@@ -126,18 +127,12 @@ class Records:
     def forget(self, subject: str) -> None:
         """Delete what there is of a subject: nothing of an earlier run may be taken for a result of this one."""
         names = [name for name in (f"{subject}_{kind}" for kind in IMAGES) if is_ours(self.path(subject, name))]
-        if self._is_marked() or self.read(subject):
-            names += [RECORD_NAME, f"{subject}_{PICTURE}"]
+        if is_batch(self.output_dir) or self.read(subject):
+            names += [RECORD_NAME, *(f"{subject}_{kind}" for kind in (PICTURE, *OF_RAW))]
         for name in names:
             self.path(subject, name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it holds something else
             self.path(subject).rmdir()
-
-    def _is_marked(self) -> bool:
-        try:
-            return "\nsha256 " in (self.output_dir / MARK).read_text(encoding="utf-8")
-        except (OSError, ValueError):
-            return False
 
 
 def input_files(item: Item) -> list[str]:

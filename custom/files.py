@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import os
@@ -52,6 +53,10 @@ def is_number(value: Any, least: float, most: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a disk, or a user's share of it, that is full."""
+
+
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; it takes that name only when the block ends without an error.
@@ -60,7 +65,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     dot. Whatever stops the block, no file named ``path`` is ever half written.
 
     Raises:
-        FileError: the folder cannot be made or written; the message names it and says what to do.
+        FileError: the folder cannot be made or written, or the disk is full; the message says which, and what to do.
     """
     path = Path(path)
     temporary = path.with_name(f".partial-{uuid.uuid4().hex}-{path.name}")
@@ -73,8 +78,26 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise FileError(
+            error.errno, f"no space is left in {path.parent}: make room, then run the same again"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+BATCH_MARK = "weights.txt"
+"""In a folder of results; it says what weights made them."""
+
+
+def is_batch(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is marked as one of results of this package."""
+    try:
+        return "\nsha256 " in Path(folder, BATCH_MARK).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 _LOCKS: dict[str, int] = {}

@@ -132,6 +132,8 @@ class Checkpoint:
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             told = f"{self.path} is not a readable checkpoint ({reason}): copy or train it again"
+            if content.startswith(b"version https://git-lfs"):
+                told = f"{self.path} stands for a file that Git LFS has not fetched: run `git lfs pull`"
             raise CheckpointError(told) from error
         if not isinstance(found, Mapping):
             raise CheckpointError(f"{self.path} holds a {type(found).__name__}, not a state dict")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger("comnet")
 
 
 def prepare(
@@ -89,12 +92,16 @@ def segment_raw(
     """
     import nibabel as nib
 
-    from ..batch import EXIT_NONE_SEGMENTED, EXIT_SOME_FAILED
+    from ..batch import EXIT_NONE_SEGMENTED, EXIT_SOME_FAILED, OF_RAW, Records
     from ..inference import PostprocessRegions
     from .masks import deliver
     from .study import prepare_studies
 
+    postprocess = PostprocessRegions(**postprocessing)
     prepared, failures = prepare_studies(studies, output_dir / "prepared", **preparing)
+    for failure in failures:
+        if (output_dir / "prepared" / failure.subject).is_dir():  # nothing of an earlier run is a result of this one
+            Records(output_dir).forget(failure.subject)
     if not prepared:
         raise SystemExit(EXIT_NONE_SEGMENTED)
     code: Any = EXIT_SOME_FAILED if failures else 0
@@ -105,8 +112,12 @@ def segment_raw(
     for one in prepared:
         folder = output_dir / one.name
         if (file := folder / f"{one.name}_prob.nii.gz").is_file():  # the report says what became of the others
-            deliver(
-                one, nib.load(file), folder, PostprocessRegions(**postprocessing), every_series, preparing["pictures"]
-            )
+            try:
+                deliver(one, nib.load(file), folder, postprocess, every_series, preparing["pictures"])
+            except Exception as error:  # one that cannot be brought back must not cost the others
+                for kind in OF_RAW:
+                    (folder / f"{one.name}_{kind}").unlink(missing_ok=True)
+                logger.error("%s: no mask as scanned: %s", one.name, error)
+                code = code or EXIT_SOME_FAILED
     if code:
         raise SystemExit(code)

@@ -12,13 +12,14 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.affines import apply_affine
+from nibabel.affines import apply_affine, voxel_sizes
 
 from ..cohort import SubjectError
 from ..cohort.volumes import image_at, write_whole
 from .reading import NAMES, Series
 
 TOLERANCE_MM = 0.02
+MOST_SHEAR = 2e-3
 _AGAIN = "Export the series again from the scanner or the PACS"
 
 
@@ -259,6 +260,10 @@ def _read_nifti(path: Path, subject: str, where: str) -> nib.Nifti1Image:
         )
     if abs(np.linalg.det(image.affine[:3, :3])) < 1e-6 or not np.isfinite(image.affine).all():
         raise SubjectError(subject, where, "its affine cannot be inverted", "Convert it again from DICOM")
+    axes = image.affine[:3, :3] / voxel_sizes(image.affine)
+    if (askew := np.abs(axes.T @ axes - np.eye(3)).max()) > MOST_SHEAR:
+        reason = f"its axes are not at right angles (by {np.degrees(np.arcsin(min(askew, 1))):.1f} degrees)"
+        raise SubjectError(subject, where, reason, "Resample it to a grid with upright slices")
     return nib.Nifti1Image(voxels, image.affine)
 
 

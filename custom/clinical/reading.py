@@ -16,7 +16,10 @@ import numpy as np
 
 from ..cohort import MODALITY_NAMES as NAMES
 from ..cohort import SubjectError
+from ..files import is_batch
 
+MAPPING = "studies.csv"
+RECORD = "preparation.json"
 _TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality"),
     *("PatientID", "PatientName", "PatientBirthDate", "StudyDate", "StudyTime", "AcquisitionTime", "ContentTime"),
@@ -95,7 +98,10 @@ def read_study(folder: str | Path, number: int | None = None, name: str = "study
     Raises:
         SubjectError: nothing that could be a study, several patients, or several studies and no number.
     """
-    paths = [Path(root) / file for root, _, files in os.walk(folder) for file in files if not file.startswith(".")]
+    paths = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [one for one in folders if not _is_output(Path(root, one))]
+        paths += [Path(root, file) for file in files if not file.startswith(".")]
     if not paths:
         raise SubjectError(name, "the folder", "it is empty", "Give the folder of one study from the scanner")
     nifti = sorted(path for path in paths if path.name.lower().endswith((".nii", ".nii.gz")))
@@ -105,6 +111,8 @@ def read_study(folder: str | Path, number: int | None = None, name: str = "study
         if nifti:
             study.warnings.append(f"{len(nifti)} NIfTI files beside DICOM were left alone")
         return study
+    if nifti and number not in (None, 1):
+        raise SubjectError(name, "the folder", f"there is no study {number}", "NIfTI files in one folder are one study")
     if not nifti:
         reason = f"none of its {len(paths)} files is a DICOM or a NIfTI file"
         raise SubjectError(name, "the folder", reason, "Give the folder of one study from the scanner or the PACS")
@@ -114,6 +122,11 @@ def read_study(folder: str | Path, number: int | None = None, name: str = "study
 def words_of(text: str) -> list[str]:
     """The words of a series' description or of a file's name, in lower case; `+` and `*` belong to words."""
     return [word for word in re.split(r"[^a-z0-9+*]+", text.lower()) if word]
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether results lie there, which a study whose folder was given as output_dir too holds."""
+    return is_batch(folder) or any(folder.joinpath(name).is_file() for name in (MAPPING, RECORD))
 
 
 def _dicom_headers(paths: Iterable[Path]) -> list[tuple[Path, Any]]:
@@ -262,6 +275,7 @@ def _nifti_facts(path: Path) -> dict[str, Any]:
         beside = json.loads((path.with_name(path.name[: len(stem)] + ".json")).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         beside = {}
+    beside = beside if isinstance(beside, dict) else {}
     facts = {"name": " ".join(words_of(f"{stem} {beside.get('SeriesDescription', '')}")), "image": True}
     facts |= {
         k: _number(beside.get(key), 1000)

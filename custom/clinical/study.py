@@ -13,6 +13,7 @@ import tempfile
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from ..cohort.volumes import image_at, write_whole
 from ..files import UserError, whole_file, write_table, write_text
 from .brain import TOOLS, check_brain, extract_brain, read_brain_mask
 from .conversion import convert
-from .reading import NAMES, Series, Study, read_study
+from .reading import MAPPING, NAMES, RECORD, Series, Study, read_study
 from .registration import check, enhancement, one_mm_grid, register, resample
 from .series import choose
 from .shading import without_shading
@@ -36,8 +37,6 @@ from .shading import without_shading
 logger = logging.getLogger("comnet")
 
 EXTRA = ("dcm2niix", "highdicom", "pydicom", "SimpleITK")
-MAPPING = "studies.csv"
-RECORD = "preparation.json"
 SERIES_COLUMNS = ("series", "name", "tr", "te", "ti", "dimensions", "plane", "slices", "modality", "used", "reason")
 MAPPING_COLUMNS = ("study", "folder", "patient_name", "patient_id", "study_date", "study_uid")
 MARGIN_MM = 4
@@ -107,12 +106,14 @@ def prepare_study(
         pictures: draw preparation.png.
 
     Raises:
-        UserError: a library is missing, or there is no such tool for the brain.
+        UserError: a library is missing, or there is no such tool for the brain, or no such modality to go without.
         SubjectError: the study cannot be prepared, or a question only the user can answer.
         OSError: the output cannot be written.
     """
     if brain not in TOOLS:
         raise UserError(f"--brain {brain}: choose {' or '.join(TOOLS)}")
+    if unknown := set(without) - set(MODALITIES):
+        raise UserError(f"--without {','.join(sorted(unknown))}: give some of {', '.join(MODALITIES)}")
     require_clinical(None if brain_mask else brain)
     path, output = Path(study), Path(output_dir)
     if not path.exists():
@@ -127,7 +128,9 @@ def prepare_study(
     own = read_brain_mask(brain_mask, anonymous) if brain_mask else None
     with study_folder(path, output) as folder:
         found = read_study(folder, number, anonymous)
-        name = path.name.removesuffix(".zip") if keep_names else _anonymous(found.uid)
+        name = path.resolve().name.removesuffix(".zip") if keep_names else _anonymous(found.uid)
+        if keep_names:
+            _refuse_namesake(output, name, path, found)
         target = output / name
         _write_mapping(output, name, path, found)
         key = _key(found, folder, options)
@@ -167,7 +170,16 @@ def prepare_studies(
             prepared.append(prepare_study(study, output_dir, **options))
         except SubjectError as error:
             failures.append(error)
-            logger.error("%s", error)
+        except UserError:
+            raise
+        except Exception as error:  # a fault of ours must not cost the other studies
+            logger.debug("%s: the preparation failed", study, exc_info=True)
+            reason = f"the preparation itself failed ({type(error).__name__}: {error})"
+            name = _anonymous(str(Path(study).resolve()))
+            failures.append(SubjectError(name, str(study), reason, "Report this, with the message"))
+        else:
+            continue
+        logger.error("%s", failures[-1])
     return prepared, failures
 
 
@@ -194,7 +206,7 @@ def study_folder(path: Path, scratch: Path) -> Iterator[Path]:
     """Yield the study's folder; a zip file is unpacked beside the output, for its owner only, and removed again.
 
     Raises:
-        SubjectError: neither a folder nor a zip file.
+        SubjectError: neither a folder nor a zip file, or one that cannot be unpacked.
     """
     if path.is_dir():
         yield path
@@ -204,7 +216,12 @@ def study_folder(path: Path, scratch: Path) -> Iterator[Path]:
         raise SubjectError(name, "the study", "it is neither a folder nor a zip file", "Give one of these")
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=scratch) as temporary, zipfile.ZipFile(path) as archive:
-        archive.extractall(temporary)
+        try:
+            archive.extractall(temporary)
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            reason = f"the zip file is damaged, encrypted or packed in a way that Python cannot read ({error})"
+            remedy = "Copy it again, or unpack it"
+            raise SubjectError(_anonymous(str(path.resolve())), "the study", reason, remedy) from error
         yield Path(temporary)
 
 
@@ -377,13 +394,28 @@ def _earlier(target: Path, key: str) -> Prepared | None:
     return prepared if prepared.record.get("key") == key and all(file.is_file() for file in files) else None
 
 
+def _read_mapping(output: Path) -> list[dict[str, str]]:
+    try:
+        with open(output / MAPPING, newline="", encoding="utf-8") as table:
+            return list(csv.DictReader(table))
+    except FileNotFoundError:
+        return []
+
+
+def _refuse_namesake(output: Path, name: str, path: Path, study: Study) -> None:
+    """Two studies may have one name; a study of DICOM is the same by its UID, wherever it lies."""
+    uid = study.patient.get("study_uid", "")
+    for row in _read_mapping(output):
+        same = row["study_uid"] == uid if row["study_uid"] and uid else row["folder"] == str(path.resolve())
+        if row["study"] == name and not same:
+            reason = f"{output / name} is of another study of this name, from {row['folder']}"
+            remedy = "Rename its folder, or choose another output_dir"
+            raise SubjectError(_anonymous(str(path.resolve())), "the study", reason, remedy)
+
+
 def _write_mapping(output: Path, name: str, path: Path, study: Study) -> None:
     """Add the study to the one table that names patients; only its owner may read it."""
-    file = output / MAPPING
-    rows = []
-    if file.is_file():
-        with open(file, newline="", encoding="utf-8") as table:
-            rows = list(csv.DictReader(table))
+    file, rows = output / MAPPING, _read_mapping(output)
     row = {"study": name, "folder": str(path.resolve())} | study.patient
     if any(other["study"] == name and other["folder"] == row["folder"] for other in rows):
         return

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 
 from ..files import UserError
@@ -18,18 +19,19 @@ from .volumes import image_like, write_whole
 
 logger = logging.getLogger("comnet")
 
+MARK = ", ".join(MODALITIES).encode()
 KEPT_TYPES = ("uint8", "int16", "int32", "uint16", "float32")
 
 
 class StackingError(UserError):
-    """Some subjects were not stacked; the message names the first.
+    """Some subjects were not stacked; the message names each.
 
     Attributes:
         written: files of the subjects that were.
     """
 
-    def __init__(self, message: str, written: Sequence[str]) -> None:
-        super().__init__(message)
+    def __init__(self, failed: Sequence[Exclusion], written: Sequence[str]) -> None:
+        super().__init__(f"{len(failed)} subjects were not stacked: {' | '.join(map(str, failed))}")
         self.written = list(written)
 
 
@@ -60,7 +62,7 @@ def stack(dataset_dir: DatasetDir, output_dir: str | os.PathLike[str] = ".") -> 
         except SubjectError as error:
             failed.append(Exclusion.of(error))
     if failed := [*cohort.exclusions, *failed]:
-        raise StackingError(f"{len(failed)} subjects were not stacked; the first is {failed[0]}", written)
+        raise StackingError(failed, written)
     return written
 
 
@@ -76,12 +78,15 @@ def stack_files(images: Sequence[str], output: str | Path, subject: str = "subje
         subject: named in errors.
 
     Raises:
-        SubjectError: see `read_scan`.
+        SubjectError: see `read_scan`; a file that is no stack of ours is where the output would be.
         ValueError: the output is one of the images.
         OSError: the file cannot be written.
     """
     if Path(output).resolve() in [Path(image).resolve() for image in images if image]:
         raise UserError(f"{output} is one of the images: choose another name for the stack")
+    if os.path.lexists(output) and not _is_stack(output):
+        reason = "there is a file of this name already, which is no stack of ours"
+        raise SubjectError(subject, str(output), reason, "Move it away, or choose another output_dir")
     scan = read_scan(subject, images)
     if scan.missing:
         logger.warning("%s: no %s: stacked as zeros", subject, named_modalities(scan.missing))
@@ -90,6 +95,13 @@ def stack_files(images: Sequence[str], output: str | Path, subject: str = "subje
     types = {str(array.dtype.newbyteorder("=")) for array in scan.images}
     dtype = types.pop() if len(types) == 1 and types <= set(KEPT_TYPES) else "float32"
     image = image_like(np.stack(scan.images, axis=-1).astype(dtype), scan.header)
-    image.header["descrip"] = ", ".join(MODALITIES).encode()
+    image.header["descrip"] = MARK
     write_whole(image, Path(output))
     return str(output)
+
+
+def _is_stack(path: str | os.PathLike[str]) -> bool:
+    try:
+        return bytes(nib.load(path).header["descrip"]).startswith(MARK)
+    except (OSError, KeyError, ValueError, nib.filebasedimages.ImageFileError):
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..files import FileError, UserError
+from ..files import FileError, UserError, is_batch
 from .subject import (
     MODALITIES,
     REQUIRED,
@@ -210,7 +211,7 @@ def _candidate_folders(names: Iterable[str], layout: str) -> dict[str, list[str]
     for name in names:
         folder, _, file = name.rpartition("/")
         folders.setdefault(folder, []).append(file)
-    own = folders.pop("", [])
+    own = [*folders.pop("", []), *(folder for folder in folders if not is_nifti(folder))]
     if not _names_modality(own, layout):
         return dict(sorted(folders.items()))
     return {"": own, **{folder: files for folder, files in sorted(folders.items()) if _names_modality(files, layout)}}
@@ -289,7 +290,7 @@ def _doubtful(names: Iterable[str], layout: str, missing: Sequence[str]) -> list
     words = {name: _words(name) for name in names}
     prepared = "preparation.json" in words
     images = [name for name in words if is_nifti(name) and role_of(name, layout) in MODALITIES]
-    shared = set.intersection(*map(set, map(words.get, images))) if len(images) > 1 else set()
+    shared = set.intersection(*(set(words[name]) for name in images)) if len(images) > 1 else set[str]()
     of_case = [
         name
         for name in images
@@ -306,6 +307,7 @@ def _doubtful(names: Iterable[str], layout: str, missing: Sequence[str]) -> list
     ]
 
 
+logger = logging.getLogger("comnet")
 PathLike = str | os.PathLike[str]
 DatasetDir = PathLike | Sequence[PathLike] | Mapping[str, Any]
 
@@ -342,16 +344,18 @@ def find_subjects(
         return [subject_from_files(**dataset_dir)], []
     subjects: list[Subject] = []
     exclusions: list[Exclusion] = []
-    for root in dataset_roots(dataset_dir):
+    for root in (roots := dataset_roots(dataset_dir)):
         found, left_out = subjects_from_names(_list_names(root), layout, palette, require_label, str(root), subsets)
         if not found and not left_out:
+            if is_batch(root):
+                raise UserError(f"{root} holds results of CoMNeT: give the folder of the images")
             layouts = EXPECTED if layout == "auto" else [layout]
             looked_for = "; ".join(f"{one}: {', '.join(EXPECTED[one].values())}" for one in layouts)
             held = shorten(entry.name for entry in _visible(root))
-            raise UserError(
-                f"no subject in {root}: looked for subfolders, or files (.nii or .nii.gz) in it, named as {looked_for}"
-                f". The folder holds {held}."
-            )
+            reason = f"looked for subfolders, or files (.nii or .nii.gz) in it, named as {looked_for}"
+            if len(roots) == 1:
+                raise UserError(f"no subject in {root}: {reason}. The folder holds {held}.")
+            left_out = [Exclusion(root.name, str(root), f"no subject in it: {reason}", f"The folder holds {held}")]
         subjects += found
         exclusions += left_out
     return _in_order(subjects, exclusions)
@@ -442,15 +446,21 @@ def _absolute(path: PathLike) -> str:
 
 
 def _list_names(root: Path) -> list[str]:
-    """Visible files in the folder and in its subfolders; a subfolder without files is listed with a slash."""
+    """Visible entries of the folder's subfolders, and its own files; an empty subfolder is listed with a slash.
+
+    A folder of results, which may lie among the subjects, is left out.
+    """
     names: list[str] = []
     for entry in _visible(root):
         if not entry.is_dir():
             lost = entry.is_symlink() and not os.path.exists(entry.path) and not is_nifti(entry.name)
             names.append(f"{entry.name}/" if lost else entry.name)  # a link to a folder that is not there
             continue
+        if is_batch(entry.path):
+            logger.info("%s holds results and is no subject", entry.path)
+            continue
         try:
-            files = [file.name for file in _visible(entry.path) if not file.is_dir()]
+            files = [file.name for file in _visible(entry.path)]  # a folder may be what seems to be missing
         except OSError:  # one folder that may not be read must not end the search
             files = []
         names += [f"{entry.name}/{file}" for file in files] or [f"{entry.name}/"]

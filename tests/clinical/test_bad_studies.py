@@ -6,16 +6,19 @@ import gzip
 import shutil
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+from custom.clinical import study as module
 from custom.clinical.conversion import check_slices, convert, read_headers
 from custom.clinical.reading import read_study
 from custom.clinical.series import choose, weighting
-from custom.clinical.study import prepare_study, study_folder
+from custom.clinical.study import Prepared, prepare_studies, prepare_study, study_folder
 from custom.cohort import SubjectError
+from custom.files import UserError
 
 for _library in ("dcm2niix", "highdicom", "SimpleITK"):
     pytest.importorskip(_library, reason="needs the extra clinical: pip install 'comnet-glioma[clinical]'")
@@ -300,6 +303,75 @@ def test_a_zip_file_is_taken_and_leaves_nothing(study, tmp_path):
         pass
 
 
+@pytest.mark.parametrize("fault", ["flipped", "encrypted"])
+def test_a_zip_file_that_cannot_be_unpacked_stops_no_other_study(fault, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "require_clinical", lambda brain: None)
+    archive = tmp_path / "Mueller.zip"
+    with zipfile.ZipFile(archive, "w") as target:
+        target.writestr("IM1", bytes(1000))
+    content = bytearray(archive.read_bytes())
+    for place in [500] if fault == "flipped" else [6, content.index(b"PK\x01\x02") + 8]:  # the flags of encryption
+        content[place] ^= 1
+    archive.write_bytes(content)
+    (tmp_path / "empty").mkdir()
+    _, failures = prepare_studies([archive, tmp_path / "empty"], tmp_path / "out")
+    assert "damaged, encrypted or packed" in failures[0].reason and failures[1].reason == "it is empty"
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_fault_of_ours_stops_no_other_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "require_clinical", lambda brain: None)
+    monkeypatch.setattr(module, "read_study", Mock(side_effect=[KeyError("x"), SubjectError("s", "f", "is odd", "do")]))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    _, failures = prepare_studies([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert failures[0].file == str(tmp_path / "a") and "KeyError" in failures[0].reason
+    assert failures[1].reason == "is odd"
+
+
+@pytest.mark.parametrize("kind", ["dicom", "nifti"])
+def test_a_kept_name_is_of_one_study(kind, scan, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "require_clinical", lambda brain: None)
+    monkeypatch.setattr(module, "_prepare", lambda found, target, *_: Prepared(target.name, target, {}))
+    out, places = tmp_path / "out", [tmp_path / place / "scan" for place in ("first", "second")]
+    for place in places:
+        shutil.copytree(scan.folder, place) if kind == "dicom" else place.mkdir(parents=True)
+        if kind == "nifti":
+            nifti(place, "T1.nii.gz")
+    assert prepare_study(places[0], out, keep_names=True).folder == out / "scan"
+    monkeypatch.chdir(places[0])
+    assert prepare_study(".", out, keep_names=True).name == "scan", "the same study, by another name of its folder"
+    if kind == "dicom":
+        assert prepare_study(places[1], out, keep_names=True).name == "scan", "a copy is the same study"
+        for folder in places[1].iterdir():
+            edit(folder, StudyInstanceUID="1.2.3")
+    with pytest.raises(SubjectError, match=r"scan is of another study of this name, from .*first.*choose another"):
+        prepare_study(places[1], out, keep_names=True)
+    assert prepare_study(places[1], out).name.startswith("study-")
+
+
+def test_no_such_modality_to_go_without(tmp_path):
+    with pytest.raises(UserError, match="--without t9: give some of t1n, t1c, t2w, flair"):
+        prepare_study(tmp_path, tmp_path / "out", without=["t9", "t1n"])
+
+
+def test_results_inside_the_study_are_no_series(tmp_path):
+    for name in ("T1.nii.gz", "T2.nii.gz"):
+        nifti(tmp_path, name)
+    before = [one.files for one in read_study(tmp_path).series]
+    for folder, mark, text in (
+        ("prepared", "studies.csv", "study"),
+        ("study-1", "preparation.json", "{}"),
+        ("out", "weights.txt", "of 34 subjects\nsha256 00\n"),
+    ):
+        (tmp_path / folder / "deeper").mkdir(parents=True)
+        nifti(tmp_path / folder / "deeper", "FLAIR.nii.gz")
+        (tmp_path / folder / mark).write_text(text)
+    assert [one.files for one in read_study(tmp_path).series] == before
+    with pytest.raises(SubjectError, match="there is no study 2"):
+        read_study(tmp_path, 2)
+
+
 def test_read_only_input_stays_as_it_is(study, tmp_path):
     before = {path: path.read_bytes() for path in study.rglob("IM*")}
     for path in [*before, *study.iterdir(), study]:
@@ -311,8 +383,6 @@ def test_read_only_input_stays_as_it_is(study, tmp_path):
 
 
 def test_no_space_is_said_and_leaves_no_part(study, tmp_path, monkeypatch, brain_mask):
-    from custom.clinical import study as module
-
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -412,6 +482,31 @@ def test_the_json_beside_a_nifti_file_counts(tmp_path):
     )
     (one,) = choose(read_study(tmp_path), {}, ("t1n", "t2w", "flair")).values()
     assert one.modality == "t1c" and "TR 500, TE 10 ms" in one.reason
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '"text"', "{", '{"RepetitionTime": "slow", "MRAcquisitionType": null}'])
+def test_an_odd_json_beside_a_nifti_file_says_nothing(text, tmp_path):
+    nifti(tmp_path, "T1_Gd.nii.gz")
+    (tmp_path / "T1_Gd.json").write_text(text)
+    assert list(choose(read_study(tmp_path), {}, ("t1n", "t2w", "flair"))) == ["t1c"]
+
+
+def test_a_sheared_nifti_file_is_refused_and_a_rotated_one_is_not(tmp_path):
+    angle = np.radians(20)
+    turn, shear = np.eye(4), np.eye(4)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    shear[0, 2] = 0.1
+    for affine, refused in ((turn, False), (shear, True), (shear @ turn, True)):
+        voxels = np.random.default_rng(0).integers(1, 99, (20, 20, 20)).astype(np.int16)
+        image = nib.Nifti1Image(voxels, affine @ np.diag([1, 1, 3, 1]))
+        (tmp_path / "study").mkdir(exist_ok=True)
+        nib.save(image, tmp_path / "study" / "FLAIR.nii.gz")
+        (series,) = read_study(tmp_path / "study").series
+        if refused:
+            with pytest.raises(SubjectError, match="its axes are not at right angles"):
+                convert(series, tmp_path / "out" / "x.nii.gz", "study-1", "flair")
+        else:
+            convert(series, tmp_path / "out" / "x.nii.gz", "study-1", "flair")
 
 
 def test_a_damaged_nifti_file_is_told_of_without_its_name(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from custom import cli
+from custom.cohort import SubjectError
 from custom.mednext import mednext_tiny
 from custom.weights import NUM_FOLDS, fold_checkpoint, save_atomically
 
@@ -115,6 +116,36 @@ def test_a_raw_study_may_lack_a_modality(study, prepared, brain_mask, weights, t
     assert "without T1n, T2w" in (tmp_path / "out" / "volumes.csv").read_text()
     assert drawn.call_args.args[-1][0] == "without T1n, T2w: less accurate"
     assert len(list((tmp_path / "out").glob("*/*_seg_t1c.nii.gz"))) == 1
+
+
+def test_one_study_that_cannot_be_brought_back_costs_no_other_and_leaves_nothing_old(tmp_path, monkeypatch, caplog):
+    from unittest.mock import Mock
+
+    from custom.clinical import commands, masks, study
+
+    studies = [study.Prepared(name, tmp_path / "prepared" / name, {}) for name in ("A", "B")]
+    failed = SubjectError("C", "the study", "is ambiguous", "say which")
+    (tmp_path / "prepared" / "C").mkdir(parents=True)
+    monkeypatch.setattr(study, "prepare_studies", lambda *_, **__: (studies, [failed]))
+    image = nib.Nifti1Image(np.zeros((2, 2, 2), np.float32), np.eye(4))
+    (tmp_path / "weights.txt").write_text("ours\nsha256 0\n")
+    for name in ("A", "B", "C"):
+        (tmp_path / name).mkdir()
+        for kind in ("seg_t1c.nii.gz", "seg.dcm", "scanned.png"):
+            (tmp_path / name / f"{name}_{kind}").write_text("of an earlier run")
+
+    def run(folders):
+        for one in studies:
+            nib.save(image, tmp_path / one.name / f"{one.name}_prob.nii.gz")
+
+    deliver = Mock(side_effect=[OSError("the DICOM study is gone"), None])
+    monkeypatch.setattr(masks, "deliver", deliver)
+    with pytest.raises(SystemExit) as leave:
+        commands.segment_raw([], tmp_path, run, {"pictures": False}, {"thresholds": [0.5] * 3})
+    assert leave.value.code == 3 and [call.args[0].name for call in deliver.call_args_list] == ["A", "B"]
+    assert "A: no mask as scanned: the DICOM study is gone" in caplog.text
+    assert [path.name for path in (tmp_path / "A").iterdir()] == ["A_prob.nii.gz"]
+    assert not (tmp_path / "C").exists() and (tmp_path / "B" / "B_seg.dcm").exists()
 
 
 def test_options_of_raw_studies_go_with_raw(tmp_path):

@@ -254,6 +254,19 @@ def test_an_excluded_subject_keeps_nothing_of_an_earlier_run(make, items):
     assert set(table(second)) == {"a"} and not (second.output_dir / "b").exists()
 
 
+def test_masks_as_scanned_go_with_the_result_that_they_were_made_of(make, items):
+    cohort = SimpleNamespace(inputs=lambda: items[:1], exclusions=[])
+    first = make(cohort=cohort)
+    first.inputs()
+    finish(first, "a")
+    for kind in ("seg_t1c.nii.gz", "seg_flair.nii.gz", "seg.dcm", "scanned.png"):
+        (first.output_dir / "a" / f"a_{kind}").write_text("of the first run")
+    second = make(SETTINGS | {"thresholds": [0.4, 0.5, 0.5]}, cohort=cohort)
+    second.inputs()
+    finish(second, "a", failure="out of memory")
+    assert not (second.output_dir / "a").exists()
+
+
 def test_an_excluded_folder_costs_no_other_subject_of_its_name(make, items):
     first = make()
     first.begin(items)

@@ -26,6 +26,7 @@ from custom.cohort import (
     subjects_from_names,
 )
 from custom.cohort.four_channel import stack
+from custom.files import UserError
 from custom.training.augmentation import RandDropModalitiesd
 from custom.transforms import LoadSubjectd, ResampleToSpacingd
 
@@ -102,6 +103,36 @@ class TestNames:
         subjects, (told,) = inputs("S/P1_T1c.nii.gz", "S/P2_FLAIR.nii.gz")
         assert not subjects and "different cases: P1_T1c.nii.gz, P2_FLAIR.nii.gz" in told
         assert len(inputs("S/P1_T1c.nii.gz", "S/P1_FLAIR.nii.gz")[0]) == 1
+
+    @pytest.mark.parametrize("whole", [True, False])
+    def test_a_missing_modality_that_is_a_folder_leaves_the_subject_out(self, whole, tmp_path):
+        folder = make_subject(tmp_path / "S1")
+        lose(folder, "t1n")
+        (folder / "T1").mkdir()
+        (folder / "T1" / "IM0001").write_bytes(b"DICM")
+        _, (told,) = find_subjects(folder if whole else tmp_path, require_label=False, subsets=True)
+        assert "t1n image" in told.reason and "take T1 out of the folder" in told.remedy
+
+    def test_results_among_the_subjects_are_no_subject(self, tmp_path):
+        make_subject(tmp_path / "S1")
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "weights.txt").write_text("of 34 subjects\nsha256 00\n")
+        (out / "T1.nii.gz").write_bytes(b"")
+        subjects, told = find_subjects(tmp_path, require_label=False, subsets=True)
+        assert [subject.name for subject in subjects] == ["S1"] and not told
+        (out / "T1.nii.gz").unlink()
+        with pytest.raises(UserError, match="out holds results of CoMNeT: give the folder of the images"):
+            find_subjects(out)
+        (out / "weights.txt").write_text("a note of somebody's")
+        assert len(find_subjects(tmp_path, require_label=False, subsets=True)[1]) == 1
+
+    def test_one_empty_folder_among_several_stops_no_other(self, tmp_path):
+        make_subject(tmp_path / "S1")
+        (tmp_path / "none").mkdir()
+        subjects, (told,) = find_subjects([tmp_path / "S1", tmp_path / "none"], subsets=True)
+        assert [subject.name for subject in subjects] == ["S1"]
+        assert told.file == str(tmp_path / "none") and "no subject in it" in told.reason
 
     def test_a_folder_for_each_modality_is_no_folder_of_subjects(self):
         subjects, told = inputs(*(f"{key}/P1_{key}.nii.gz" for key in ("T1", "T1c", "T2", "FLAIR")))

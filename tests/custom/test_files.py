@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 
 import pytest
 
-from custom.files import file_sha256, whole_file, write_table, write_text
+from custom.files import FileError, file_sha256, whole_file, write_table, write_text
 
 
 def test_whole_file_appears_only_when_the_block_ends(tmp_path):
@@ -33,6 +34,14 @@ def test_unusable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match=r"cannot write to .*file.*choose another folder"):
         write_text(tmp_path / "file" / "volumes.csv", "text")
+
+
+def test_a_full_disk_is_said(tmp_path):
+    with pytest.raises(FileError, match=rf"no space is left in {tmp_path}: make room"), whole_file(tmp_path / "a.csv"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(PermissionError), whole_file(tmp_path / "a.csv"):
+        raise PermissionError
+    assert not list(tmp_path.iterdir())
 
 
 def test_file_sha256(tmp_path):

@@ -114,6 +114,19 @@ def test_a_bad_subject_is_named_after_the_good_ones_are_stacked(subject, tmp_pat
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["BT0008.nii.gz"]
 
 
+def test_each_failure_is_named_and_a_file_of_somebody_else_is_left_alone(subject, tmp_path):
+    write_phantom(tmp_path / "data", "BT0008", (16, 18, 14), (9.0, 8.0, 10.0), seed=2)
+    out = tmp_path / "out"
+    stack(str(tmp_path / "data"), out)
+    stack(str(tmp_path / "data"), out)  # its own files are replaced
+    shutil.copyfile(paths(subject)["t1c"], out / "BT0008.nii.gz")
+    theirs = (out / "BT0008.nii.gz").read_bytes()
+    nan(subject)
+    with pytest.raises(StackingError, match=r"2 subjects .*BT0007.*NaN.* \| BT0008: .*is no stack of ours") as told:
+        stack(str(tmp_path / "data"), out)
+    assert told.value.written == [] and (out / "BT0008.nii.gz").read_bytes() == theirs
+
+
 def test_folders_and_files_at_once_too_few_files_or_nothing_are_refused(subject):
     with pytest.raises(UserError, match="nothing to stack: .* use --t1n"):
         cli.stack()

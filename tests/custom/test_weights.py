@@ -263,6 +263,11 @@ def test_missing_truncated_and_unsafe_files_are_named(tmp_path):
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(os.system))
     with pytest.raises(CheckpointError, match="not a readable checkpoint"):
         read_checkpoint(tmp_path / "evil.pt")
+    (tmp_path / "lfs.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 20\n")
+    with pytest.raises(
+        CheckpointError, match=r"lfs\.pt stands for a file that Git LFS has not fetched: run `git lfs pull`"
+    ):
+        read_checkpoint(tmp_path / "lfs.pt")
 
 
 def released(tmp_path, monkeypatch):
