@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import nibabel as nib
 import numpy as np
 from ignite.engine import Engine, Events
 
@@ -103,13 +104,14 @@ class Records:
             return None
         if not isinstance(record, dict):
             return None
-        outputs = record.get("outputs", [f"{subject}_seg.nii.gz"])
-        return record if all(self.path(subject, name).is_file() for name in outputs) else None
+        outputs = {f"{subject}_seg.nii.gz": None} | record.get("outputs", {})
+        return record if all(_is_whole(self.path(subject, name), size) for name, size in outputs.items()) else None
 
     def write(self, record: Record) -> None:
-        """Write a subject's record, whole or not at all, with the names of the outputs that there are."""
+        """Write a subject's record, whole or not at all, with the sizes of the outputs that there are."""
         name = record["subject"]
-        outputs = [f"{name}_{kind}" for kind in (*IMAGES, PICTURE) if self.path(name, f"{name}_{kind}").is_file()]
+        paths = [self.path(name, f"{name}_{kind}") for kind in (*IMAGES, PICTURE)]
+        outputs = {path.name: path.stat().st_size for path in paths if path.is_file()}
         write_text(self.path(name, RECORD_NAME), json.dumps(record | {"outputs": outputs}, indent=2))
 
     def others(self, subjects: Iterable[str]) -> list[Record]:
@@ -133,6 +135,18 @@ class Records:
             self.path(subject, name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it holds something else
             self.path(subject).rmdir()
+
+
+def _is_whole(path: Path, size: int | None) -> bool:
+    """Whether an output is there as it was written; one of another size that can be read was edited, and stays."""
+    if not path.is_file():
+        return False
+    if size is None or path.stat().st_size == size:
+        return True
+    try:
+        return np.asanyarray(nib.load(path).dataobj).size > 0
+    except Exception:  # nibabel raises whatever a damaged file provokes
+        return False
 
 
 def input_files(item: Item) -> list[str]:

@@ -68,6 +68,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         FileError: the folder cannot be made or written, or the disk is full; the message says which, and what to do.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FileError(errno.EISDIR, f"{path} is a folder: choose another name for the file, or move the folder away")
     temporary = path.with_name(f".partial-{uuid.uuid4().hex}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

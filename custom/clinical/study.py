@@ -173,10 +173,10 @@ def prepare_studies(
         except UserError:
             raise
         except Exception as error:  # a fault of ours must not cost the other studies
-            logger.debug("%s: the preparation failed", study, exc_info=True)
-            reason = f"the preparation itself failed ({type(error).__name__}: {error})"
-            name = _anonymous(str(Path(study).resolve()))
-            failures.append(SubjectError(name, str(study), reason, "Report this, with the message"))
+            if len(studies) == 1:
+                raise
+            name, reason = _anonymous(str(Path(study).resolve())), f"its preparation failed ({type(error).__name__})"
+            failures.append(SubjectError(name, "the study", reason, "Prepare it alone, and report the traceback"))
         else:
             continue
         logger.error("%s", failures[-1])

@@ -114,6 +114,8 @@ class Cohort:
 
     @cached_property
     def _datalist(self) -> dict[str, Any]:
+        if self.datalist_file is not None and os.path.isdir(self.datalist_file):
+            raise UserError(f"{self.datalist_file} is a folder: name the datalist's file, such as datalist.json in it")
         if self.datalist_file is None or self.rebuild or not os.path.exists(self.datalist_file):
             settings = {
                 one.name: getattr(self, one.name) for one in fields(self) if one.init and one.name not in OF_USE_ONLY

@@ -346,9 +346,9 @@ def find_subjects(
     exclusions: list[Exclusion] = []
     for root in (roots := dataset_roots(dataset_dir)):
         found, left_out = subjects_from_names(_list_names(root), layout, palette, require_label, str(root), subsets)
+        if not found and is_batch(root):
+            raise UserError(f"{root} holds results of CoMNeT: give the folder of the images")
         if not found and not left_out:
-            if is_batch(root):
-                raise UserError(f"{root} holds results of CoMNeT: give the folder of the images")
             layouts = EXPECTED if layout == "auto" else [layout]
             looked_for = "; ".join(f"{one}: {', '.join(EXPECTED[one].values())}" for one in layouts)
             held = shorten(entry.name for entry in _visible(root))

@@ -197,6 +197,14 @@ def test_fault_of_an_image_is_named_when_its_turn_comes(dataset: Path, fault: st
     assert all(word in caught.value.reason for word in gist) and not data.exclusions
 
 
+@pytest.mark.parametrize(("value", "told"), [(1e6, True), (300.0, False)])
+def test_a_damaged_voxel_that_outshines_all_others_is_told(dataset: Path, value: float, told: bool) -> None:
+    edit("FLAIR.nii.gz", with_value(value, 1))(dataset / BAD)
+    (item,) = (item for item in Cohort(dataset).inputs() if item["subject"] == BAD)
+    warnings = LoadSubjectd("image")(item)["warnings"]
+    assert any("flair: its brightest voxel is 1e+06" in one for one in warnings) == told
+
+
 @pytest.mark.parametrize("size", [(16, 16, 1), (5, 5, 5), (16, 7, 16)])
 def test_slices_and_corners_are_no_brain(dataset: Path, size: tuple[int, int, int]) -> None:
     for file in (dataset / BAD).iterdir():

@@ -325,8 +325,10 @@ def test_a_fault_of_ours_stops_no_other_study(tmp_path, monkeypatch):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     _, failures = prepare_studies([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
-    assert failures[0].file == str(tmp_path / "a") and "KeyError" in failures[0].reason
-    assert failures[1].reason == "is odd"
+    assert "KeyError" in failures[0].reason and failures[1].reason == "is odd"
+    monkeypatch.setattr(module, "read_study", Mock(side_effect=KeyError("x")))
+    with pytest.raises(KeyError):
+        prepare_studies([tmp_path / "a"], tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["dicom", "nifti"])

@@ -138,19 +138,39 @@ def lost_mask(items, make):
     return book
 
 
+def truncated_mask(items, make):
+    book = make()
+    mask = book.output_dir / "a" / "a_seg.nii.gz"
+    mask.write_bytes(mask.read_bytes()[:-20])
+    return book
+
+
 def broken_record(items, make):
     book = make()
     (book.output_dir / "a" / "record.json").write_text('{"status": "do')
     return book
 
 
-@pytest.mark.parametrize("change", [changed_settings, changed_input, changed_weights, lost_mask, broken_record])
+@pytest.mark.parametrize(
+    "change", [changed_settings, changed_input, changed_weights, lost_mask, truncated_mask, broken_record]
+)
 def test_a_subject_is_done_again_when_something_changed(make, items, change):
     book = make()
     book.begin(items[:1])
     finish(book, "a")
     assert make().begin(items[:1]) == []
     assert len(change(items, make).begin(items[:1])) == 1
+
+
+def test_a_mask_that_was_edited_by_hand_is_kept(make, items):
+    book = make()
+    book.begin(items[:1])
+    finish(book, "a")
+    path = book.output_dir / "a" / "a_seg.nii.gz"
+    mask = nib.load(path)
+    edited = np.random.default_rng(0).integers(0, 4, mask.shape).astype(np.uint8)
+    nib.save(nib.Nifti1Image(edited, mask.affine, mask.header), path)
+    assert make().begin(items[:1]) == [] and np.array_equal(nib.load(path).dataobj, edited)
 
 
 def test_a_subject_whose_picture_is_gone_is_done_again(make, items, monkeypatch):

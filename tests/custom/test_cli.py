@@ -156,6 +156,11 @@ def test_an_option_without_a_fitting_value_is_named(words, message, tmp_path, mo
     assert comnet(*words) == f"comnet: {message}" and not list(tmp_path.iterdir())
 
 
+def test_a_folder_is_no_datalist(dataset, tmp_path):
+    told = comnet("validate", dataset, "--output", tmp_path)
+    assert f"{tmp_path} is a folder: name the datalist's file" in told and "\n" not in told
+
+
 def test_wrong_usage_leaves_with_1_and_help_with_0(capsys):
     assert (comnet("segment"), comnet("nosuch"), comnet("segment", "--help")) == (1, 1, 0)
     assert "FIRE_METADATA" not in "".join(capsys.readouterr())

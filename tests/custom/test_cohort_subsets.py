@@ -121,10 +121,13 @@ class TestNames:
         (out / "T1.nii.gz").write_bytes(b"")
         subjects, told = find_subjects(tmp_path, require_label=False, subsets=True)
         assert [subject.name for subject in subjects] == ["S1"] and not told
+        (out / "S1").mkdir()
+        (out / "S1" / "S1_seg.nii.gz").write_bytes(b"")
         (out / "T1.nii.gz").unlink()
         with pytest.raises(UserError, match="out holds results of CoMNeT: give the folder of the images"):
             find_subjects(out)
         (out / "weights.txt").write_text("a note of somebody's")
+        (out / "S1" / "S1_seg.nii.gz").unlink()
         assert len(find_subjects(tmp_path, require_label=False, subsets=True)[1]) == 1
 
     def test_one_empty_folder_among_several_stops_no_other(self, tmp_path):

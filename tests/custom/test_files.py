@@ -34,6 +34,8 @@ def test_unusable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match=r"cannot write to .*file.*choose another folder"):
         write_text(tmp_path / "file" / "volumes.csv", "text")
+    with pytest.raises(FileError, match="is a folder: choose another name"):
+        write_text(tmp_path, "text")
 
 
 def test_a_full_disk_is_said(tmp_path):
