@@ -23,7 +23,7 @@ from ignite.engine import Engine, Events
 from . import __version__
 from .cohort import MODALITIES, SubjectError
 from .cohort.checks import read_mask
-from .files import BATCH_MARK, UserError, is_batch, lock_folder, write_table, write_text
+from .files import BATCH_MARK, PARTIAL, UserError, is_batch, lock_folder, write_table, write_text
 from .inference import SUBJECT_KEY, told_warnings, volumes_ml
 from .inference.writer import is_ours
 from .transforms import label_map_to_regions
@@ -57,6 +57,8 @@ class Records:
     def claim(self, note: str) -> None:
         """Make the folder and mark it as a batch's, with what the weights say; keep other processes out of it.
 
+        What a process that was killed has left half written goes.
+
         Raises:
             UserError: tables of someone else are there, or another process is writing here.
             FileError: the folder cannot be made or written.
@@ -67,6 +69,9 @@ class Records:
                 raise UserError(f"{self.output_dir / foreign} is not CoMNeT's: choose another output_dir")
         write_text(self.output_dir / BATCH_MARK, note)
         lock_folder(self.output_dir)
+        for left in [*self.output_dir.glob(f"{PARTIAL}*"), *self.output_dir.glob(f"*/{PARTIAL}*")]:
+            if left.is_file():
+                left.unlink()
 
     def protect(self, items: Iterable[Item]) -> None:
         """Make sure that no result falls onto what is not this batch's: before any subject is computed.

@@ -53,6 +53,7 @@ def is_number(value: Any, least: float, most: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
+PARTIAL = ".partial-"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system says of a disk, or a user's share of it, that is full."""
 
@@ -70,7 +71,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise FileError(errno.EISDIR, f"{path} is a folder: choose another name for the file, or move the folder away")
-    temporary = path.with_name(f".partial-{uuid.uuid4().hex}-{path.name}")
+    temporary = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()

@@ -475,6 +475,17 @@ def test_two_runs_at_once_do_not_share_a_folder(make, tmp_path):
     assert book.inputs() == [], "a process that was killed leaves no lock"
 
 
+def test_what_a_killed_run_has_left_half_written_goes(make):
+    book = make(cohort=SimpleNamespace(inputs=list, exclusions=[]))
+    left = [book.output_dir / ".partial-0a-volumes.csv", book.output_dir / "a" / ".partial-0b-a_seg.nii.gz"]
+    stays = [book.output_dir / "a" / "notes.txt", book.output_dir / "prepared" / ".partial-0c" / "IM1"]
+    for path in (*left, *stays):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    book.inputs()
+    assert [path.exists() for path in (*left, *stays)] == [False, False, True, True]
+
+
 def test_tables_are_written_before_the_process_leaves(make, items):
     book = make()
     book.begin(items)
