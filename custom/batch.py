@@ -102,15 +102,17 @@ class Records:
         return self.output_dir / subject / name
 
     def read(self, subject: str) -> Record | None:
-        """Return a subject's record, ``None`` unless it is there whole, and all outputs that it names with it."""
+        """Return a subject's record, ``None`` unless it is there whole, and its mask with it."""
         try:
             record = json.loads(self.path(subject, RECORD_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        if not isinstance(record, dict):
-            return None
-        outputs = {f"{subject}_seg.nii.gz": None} | record.get("outputs", {})
-        return record if all(_is_whole(self.path(subject, name), size) for name, size in outputs.items()) else None
+        return record if isinstance(record, dict) and self.path(subject, f"{subject}_seg.nii.gz").is_file() else None
+
+    def is_whole(self, record: Record) -> bool:
+        """Whether all outputs that a record names are there, as they were written or edited since."""
+        outputs = record.get("outputs", {})
+        return all(_is_whole(self.path(record["subject"], name), size) for name, size in outputs.items())
 
     def write(self, record: Record) -> None:
         """Write a subject's record, whole or not at all, with the sizes of the outputs that there are."""
@@ -142,11 +144,11 @@ class Records:
             self.path(subject).rmdir()
 
 
-def _is_whole(path: Path, size: int | None) -> bool:
+def _is_whole(path: Path, size: int) -> bool:
     """Whether an output is there as it was written; one of another size that can be read was edited, and stays."""
     if not path.is_file():
         return False
-    if size is None or path.stat().st_size == size:
+    if path.stat().st_size == size:
         return True
     try:
         return np.asanyarray(nib.load(path).dataobj).size > 0
@@ -280,7 +282,7 @@ class Batch:
         self.items = {str(item["subject"]): item for item in items}
         for name in self.items:
             record = self.folder.read(name)
-            if record is not None and record.get("key") == self._key(name):
+            if record is not None and record.get("key") == self._key(name) and self.folder.is_whole(record):
                 self.records[name] = record
         if self.records:
             logger.info("%d of %d subjects are done already in %s", len(self.records), len(items), self.output_dir)

@@ -19,6 +19,7 @@ from ..cohort import SubjectError
 from ..files import is_batch
 
 MAPPING = "studies.csv"
+MAPPING_COLUMNS = ("study", "folder", "patient_name", "patient_id", "study_date", "study_uid")
 RECORD = "preparation.json"
 _TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality"),
@@ -126,7 +127,13 @@ def words_of(text: str) -> list[str]:
 
 def _is_output(folder: Path) -> bool:
     """Whether results lie there, which a study whose folder was given as output_dir too holds."""
-    return is_batch(folder) or any(folder.joinpath(name).is_file() for name in (MAPPING, RECORD))
+    if is_batch(folder) or folder.joinpath(RECORD).is_file():
+        return True
+    try:
+        with open(folder / MAPPING, encoding="utf-8") as table:
+            return table.readline().startswith(",".join(MAPPING_COLUMNS))
+    except (OSError, ValueError):
+        return False
 
 
 def _dicom_headers(paths: Iterable[Path]) -> list[tuple[Path, Any]]:

@@ -29,7 +29,7 @@ from ..cohort.volumes import image_at, write_whole
 from ..files import UserError, whole_file, write_table, write_text
 from .brain import TOOLS, check_brain, extract_brain, read_brain_mask
 from .conversion import convert
-from .reading import MAPPING, NAMES, RECORD, Series, Study, read_study
+from .reading import MAPPING, MAPPING_COLUMNS, NAMES, RECORD, Series, Study, read_study
 from .registration import check, enhancement, one_mm_grid, register, resample
 from .series import choose
 from .shading import without_shading
@@ -38,7 +38,6 @@ logger = logging.getLogger("comnet")
 
 EXTRA = ("dcm2niix", "highdicom", "pydicom", "SimpleITK")
 SERIES_COLUMNS = ("series", "name", "tr", "te", "ti", "dimensions", "plane", "slices", "modality", "used", "reason")
-MAPPING_COLUMNS = ("study", "folder", "patient_name", "patient_id", "study_date", "study_uid")
 MARGIN_MM = 4
 REFERENCES: tuple[str, ...] = ("t1c", "t1n", "flair", "t2w")
 SWAPPED = 0.5

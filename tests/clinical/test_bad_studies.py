@@ -362,7 +362,7 @@ def test_results_inside_the_study_are_no_series(tmp_path):
         nifti(tmp_path, name)
     before = [one.files for one in read_study(tmp_path).series]
     for folder, mark, text in (
-        ("prepared", "studies.csv", "study"),
+        ("prepared", "studies.csv", "study,folder,patient_name,patient_id,study_date,study_uid\n"),
         ("study-1", "preparation.json", "{}"),
         ("out", "weights.txt", "of 34 subjects\nsha256 00\n"),
     ):
@@ -370,6 +370,8 @@ def test_results_inside_the_study_are_no_series(tmp_path):
         nifti(tmp_path / folder / "deeper", "FLAIR.nii.gz")
         (tmp_path / folder / mark).write_text(text)
     assert [one.files for one in read_study(tmp_path).series] == before
+    (tmp_path / "prepared" / "studies.csv").write_text("a list of the hospital's\n")
+    assert len(read_study(tmp_path).series) == 3
     with pytest.raises(SubjectError, match="there is no study 2"):
         read_study(tmp_path, 2)
 

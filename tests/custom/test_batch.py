@@ -186,6 +186,10 @@ def test_a_subject_whose_picture_is_gone_is_done_again(make, items, monkeypatch)
     assert todo == []
     (book.output_dir / "a" / "a_qc.png").unlink()
     assert len(begin()[1]) == 1
+    book = make()
+    book.begin([])
+    book.write()
+    assert table(book)["a"]["status"] == "earlier run", "it is a result all the same"
 
 
 def test_failed_subjects_leave_no_mask_and_a_code(make, items):
