@@ -137,6 +137,8 @@ def ensemble_settings(weights: Weights, device: str | None = None) -> dict[str, 
             kind = torch.device(device).type
         except RuntimeError as error:
             raise UserError(f"no device {device!r}: give cpu, cuda or cuda:1") from error
+        if kind not in ("cpu", "cuda"):
+            raise UserError(f"no device {device!r}: give cpu, cuda or cuda:1")
         if kind == "cuda" and not torch.cuda.is_available():
             raise UserError(f"--device {device}: PyTorch sees no GPU here; use --device cpu")
         settings["device"] = f"$torch.device('{device}')"

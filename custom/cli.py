@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import sys
@@ -92,6 +93,10 @@ def segment(
     if sliding_window:
         settings |= {"inferer": "@sliding_window", "mirror_axes": []}
 
+    for own, option in OWN_NAMES.items():
+        if own in overrides:
+            raise UserError(f"--{own} is told by {option} here")
+
     def run(dataset: Any) -> None:
         run_bundle(
             "comnet_ensemble",
@@ -111,6 +116,7 @@ def segment(
         run(dataset)
         return
     postprocessing = {key: values.get(key, found.tuned[key]) for key in ("thresholds", "min_volume_mm3")}
+    postprocessing |= {key: values[key] for key in ("fill_holes",) if key in values}
     postprocessing |= {"palette": values.get("output_palette", "brats2023")}
     preparing |= {"chosen": files, "without": _listed(preparing.get("without")), "pictures": pictures}
     preparing["number"] = preparing.pop("study", None)
@@ -129,10 +135,15 @@ def _override(name: str, value: Any) -> Any:
 
 
 def _parsed(text: str) -> Any:
-    """Read a word as Fire does, but for `false`, which is a text to Fire and so would count as true."""
+    """Read a value as the configs do, else as Fire does; a text such as `no` would count as true."""
     from fire.parser import DefaultParseValue
 
-    return {"true": True, "false": False}.get(text.lower(), DefaultParseValue(text))
+    if text.lower() in ANSWERS:
+        return ANSWERS[text.lower()]
+    try:
+        return json.loads(text)
+    except ValueError:
+        return DefaultParseValue(text)
 
 
 def _dataset(verb: str, inputs: Sequence[str], files: Mapping[str, str | None], name: str | None) -> Any:
@@ -380,6 +391,16 @@ def demo(
 
 
 SPIN_COUNT = "1000"
+ANSWERS = {"true": True, "yes": True, "false": False, "no": False}
+OWN_NAMES = {
+    "dataset_dir": "the folders that are named",
+    "weights_dir": "--weights",
+    "write_probabilities": "--probabilities",
+    "write_uncertainty": "--uncertainty",
+    "write_pictures": "--pictures",
+}
+"""Values of inference.json that `comnet segment` sets itself, and by what."""
+SWITCHES_OF_CONFIG = ("allow_missing", "refine_each_fold")
 SUBCOMMANDS = {
     function.__name__: function
     for function in (demo, demo_training, prepare, segment, validate, crossval, report, stack, pack)
@@ -397,7 +418,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments and arguments[-1] in ("--help", "-h"):  # Fire alone would complain of missing arguments as well
         arguments[-1:] = ["--", "--help"]
     try:
-        _refuse_without_value(arguments)
+        arguments = _with_values(arguments)
         fire.Fire({name: as_typed(command) for name, command in SUBCOMMANDS.items()}, command=arguments, name="comnet")
     except fire.core.FireExit as leave:
         sys.exit(1 if leave.code else 0)  # Fire's own 2 is none of the codes that our users know
@@ -411,9 +432,7 @@ def as_typed(command: Callable[..., None]) -> Callable[..., None]:
     """Have Fire leave names and paths as they were typed: else `2023_01` becomes a number and `a,b` a tuple."""
     from fire import decorators
 
-    parameters: Mapping[str, inspect.Parameter] = inspect.signature(command).parameters
-    if command is segment:  # those of studies are among its overrides
-        parameters = {**inspect.signature(prepare).parameters, **parameters}
+    parameters = _parameters(command)
     numbers: dict[str, Any] = {
         name: partial(_whole_number, name) if "int" in str(parameter.annotation) else _parsed
         for name, parameter in parameters.items()
@@ -429,14 +448,37 @@ def _whole_number(name: str, text: str) -> int:
         raise UserError(f"--{name} is {text!r}: give a whole number") from None
 
 
-def _refuse_without_value(arguments: Sequence[str]) -> None:
-    """Refuse `--output_dir` with nothing after it, of which Fire makes a folder of the name `True`."""
-    parameters = inspect.signature(SUBCOMMANDS.get(arguments[0], main)).parameters if arguments else {}
+def _parameters(command: Callable[..., None]) -> Mapping[str, inspect.Parameter]:
+    """All parameters of a subcommand: those of studies are among the overrides of `segment`."""
+    own: Mapping[str, inspect.Parameter] = inspect.signature(command).parameters
+    return {**inspect.signature(prepare).parameters, **own} if command is segment else own
+
+
+def _with_values(arguments: Sequence[str]) -> list[str]:
+    """Give each switch its value, else Fire takes what follows for it: `--n4 STUDY`, `--nopictures SUBJECT`.
+
+    Raises:
+        UserError: an option that wants a text has none: of `--output_dir` at the end Fire makes a folder `True`.
+    """
+    parameters = _parameters(SUBCOMMANDS[arguments[0]]) if arguments and arguments[0] in SUBCOMMANDS else {}
+    switches = {name for name, one in parameters.items() if str(one.annotation) == "bool"} | {*SWITCHES_OF_CONFIG}
+    found = []
     for word, after in pairwise([*arguments, "--"]):
-        parameter = parameters.get(word.removeprefix("--").replace("-", "_"))
-        takes_text = parameter is not None and "str" in str(parameter.annotation)
-        if takes_text and word.startswith("--") and after.startswith("--"):
-            raise UserError(f"{word} needs a value")
+        option, equals, value = word.removeprefix("--").partition("=")
+        name = option.replace("-", "_")
+        if not word.startswith("--") or not parameters:
+            found.append(word)
+        elif name in switches and not equals and after.lower() not in ANSWERS:
+            found.append(f"--{name}=true")
+        elif name.startswith("no") and name[2:] in switches and not equals:
+            found.append(f"--{name[2:]}=false")
+        elif "str" in str(getattr(parameters.get(name), "annotation", "")) and not (
+            value if equals else after and not after.startswith("--")
+        ):
+            raise UserError(f"--{option} needs a value")
+        else:
+            found.append(word)
+    return found
 
 
 def _output_folder(arguments: Sequence[str]) -> str:

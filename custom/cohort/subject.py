@@ -131,7 +131,7 @@ class Subject:
         """
         if known := _BIDS_PATIENT.match(self.name) or _PATIENT_OF.fullmatch(self.name):
             return next(group for group in known.groups() if group)
-        name = re.sub(r"-\d{3}$", "", self.name) if self.layout == "brats2023" else self.name
+        name = re.sub(r"(?<=\d)(.*)-\d{3}$", r"\1", self.name) if self.layout == "brats2023" else self.name
         while re.search(r"\d", shorter := _TIME_POINT.sub("", name)) and shorter != name:
             name = shorter
         return name

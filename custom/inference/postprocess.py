@@ -107,7 +107,7 @@ def regions_to_label_map(regions: np.ndarray, palette: str = "brats2023") -> np.
 def volumes_ml(label_map: MetaTensor, palette: str = "brats2023") -> dict[str, float]:
     """Return the volumes of ET, TC and WT in ml of a label map ``[1, X, Y, Z]`` with its affine."""
     voxels = label_map_to_regions(label_map.cpu(), palette).sum(dim=(1, 2, 3))
-    voxel_ml = float(np.prod(np.asarray(label_map.pixdim, dtype=float))) / 1000
+    voxel_ml = abs(float(np.linalg.det(np.asarray(label_map.affine, dtype=float)[:3, :3]))) / 1000
     return {region: int(count) * voxel_ml for region, count in zip(REGIONS, voxels, strict=True)}
 
 

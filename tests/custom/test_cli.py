@@ -147,6 +147,9 @@ def test_a_wrong_value_is_told_before_an_earlier_result_is_touched(dataset, weig
     [
         (["segment", "x", "--output_dir"], "--output_dir needs a value"),
         (["segment", "x", "--output_dir", "--raw"], "--output_dir needs a value"),
+        (["segment", "x", "--output_dir", ""], "--output_dir needs a value"),
+        (["segment", "x", "--output_dir", "o", "--weights="], "--weights needs a value"),
+        (["segment", "x", "--output_dir", "o", "--device", "mps"], "no device 'mps': give cpu, cuda or cuda:1"),
         (["validate", "x", "--num_folds", "many"], "--num_folds is 'many': give a whole number"),
         (["demo", "--num_subjects", "1.5"], "--num_subjects is '1.5': give a whole number"),
     ],
@@ -290,12 +293,42 @@ def test_names_and_paths_stay_text(name, weights, monkeypatch):
     assert runs[1]["output_dir"] == Path.home() / "out"
 
 
-@pytest.mark.parametrize(("word", "value"), [("false", False), ("False", False), ("true", True), ("0.5", 0.5)])
+@pytest.mark.parametrize(
+    ("word", "value"), [("false", False), ("False", False), ("no", False), ("true", True), ("Yes", True)]
+)
 def test_false_is_false(word, value, weights, monkeypatch):
     runs = []
     monkeypatch.setattr(cli, "run_bundle", lambda *configs, **values: runs.append(values))
     comnet("segment", "A", "--output_dir", "o", "--weights", weights, "--pictures", word, f"--allow_missing={word}")
     assert (runs[0]["write_pictures"], runs[0]["allow_missing"]) == (value, value)
+
+
+def test_a_switch_takes_no_folder_for_its_value(weights, monkeypatch):
+    runs = []
+    monkeypatch.setattr(cli, "run_bundle", lambda *configs, **values: runs.append(values))
+    end = ("--output_dir", "o", "--weights", weights)
+    comnet("segment", "--probabilities", "A", "--nopictures", "B", "--allow_missing", "C", *end, "--uncertainty")
+    assert runs[0]["dataset_dir"] == [Path("A"), Path("B"), Path("C")] and runs[0]["allow_missing"] is True
+    assert [runs[0][f"write_{key}"] for key in ("probabilities", "pictures", "uncertainty")] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("[true,false,true]", [True, False, True]), ("[True,False]", [True, False]), ("0.5", 0.5), ("@whole", "@whole")],
+)
+def test_values_are_read_as_the_configs_write_them(text, value, weights, monkeypatch):
+    runs = []
+    monkeypatch.setattr(cli, "run_bundle", lambda *configs, **values: runs.append(values))
+    comnet("segment", "A", "--output_dir", "o", "--weights", weights, "--fill_holes", text)
+    assert runs[0]["fill_holes"] == value
+
+
+@pytest.mark.parametrize(
+    ("option", "told"), [("write_pictures", "--pictures"), ("weights_dir", "--weights"), ("dataset_dir", "folders")]
+)
+def test_names_that_the_command_sets_itself_are_told_by_its_own(option, told, weights):
+    message = comnet("segment", "A", "--output_dir", "o", "--weights", weights, f"--{option}", "x")
+    assert message == f"comnet: --{option} is told by {cli.OWN_NAMES[option]} here" and told in message
 
 
 def test_a_fault_of_ours_keeps_its_traceback_beside_the_outputs(dataset, weights, monkeypatch, tmp_path):
