@@ -23,7 +23,7 @@ from ignite.engine import Engine, Events
 from . import __version__
 from .cohort import MODALITIES, SubjectError
 from .cohort.checks import read_mask
-from .files import BATCH_MARK, PARTIAL, UserError, is_batch, lock_folder, write_table, write_text
+from .files import BATCH_MARK, PARTIAL, UserError, is_batch, lock_folder, make_folder, write_table, write_text
 from .inference import SUBJECT_KEY, told_warnings, volumes_ml
 from .inference.writer import is_ours
 from .transforms import label_map_to_regions
@@ -54,24 +54,26 @@ class Records:
     def __init__(self, output_dir: str | os.PathLike[str]) -> None:
         self.output_dir = Path(output_dir)
 
-    def claim(self, note: str) -> None:
-        """Make the folder and mark it as a batch's, with what the weights say; keep other processes out of it.
-
-        What a process that was killed has left half written goes.
+    def claim(self) -> None:
+        """Make the folder and keep other processes out of it; what a killed one has left half written goes.
 
         Raises:
             UserError: tables of someone else are there, or another process is writing here.
-            FileError: the folder cannot be made or written.
+            FileError: the folder cannot be made.
         """
         if not is_batch(self.output_dir):
             foreign = next((name for name in (BATCH_MARK, *TABLES) if (self.output_dir / name).exists()), None)
             if foreign:
                 raise UserError(f"{self.output_dir / foreign} is not CoMNeT's: choose another output_dir")
-        write_text(self.output_dir / BATCH_MARK, note)
+        make_folder(self.output_dir)
         lock_folder(self.output_dir)
         for left in [*self.output_dir.glob(f"{PARTIAL}*"), *self.output_dir.glob(f"*/{PARTIAL}*")]:
             if left.is_file():
                 left.unlink()
+
+    def mark(self, note: str) -> None:
+        """Mark the folder as a batch's, with what the weights say."""
+        write_text(self.output_dir / BATCH_MARK, note)
 
     def protect(self, items: Iterable[Item]) -> None:
         """Make sure that no result falls onto what is not this batch's: before any subject is computed.
@@ -84,12 +86,12 @@ class Records:
             if name in ("", ".", "..") or name != os.path.basename(name):
                 raise UserError(f"{name!r} cannot be the name of a subject: it names no folder of its own")
             own, folders = self.path(name), {Path(os.path.abspath(path)).parent for path in input_files(item) if path}
-            if own.exists() and any(folder.exists() and folder.samefile(own) for folder in folders):
+            places = [place for place in (own, self.output_dir) if place.exists()]
+            if any(folder.exists() and folder.samefile(place) for folder in folders for place in places):
                 raise UserError(f"{name}: results would lie among its images: choose another output_dir")
-            for kind in IMAGES:
-                path = self.path(name, f"{name}_{kind}")
-                if os.path.lexists(path) and not is_ours(path):
-                    raise UserError(f"{path} is not CoMNeT's and would be replaced: choose another output_dir")
+            foreign = next((path for path, ours in self._found(name) if not ours), None)
+            if foreign:
+                raise UserError(f"{foreign} is not CoMNeT's and would be replaced: choose another output_dir")
             earlier = (self.read(name) or {}).get("files")
             if earlier and _other_subject(earlier, stamps(item)):
                 raise UserError(
@@ -135,13 +137,26 @@ class Records:
 
     def forget(self, subject: str) -> None:
         """Delete what there is of a subject: nothing of an earlier run may be taken for a result of this one."""
-        names = [name for name in (f"{subject}_{kind}" for kind in IMAGES) if is_ours(self.path(subject, name))]
-        if is_batch(self.output_dir) or self.read(subject):
-            names += [RECORD_NAME, *(f"{subject}_{kind}" for kind in (PICTURE, *OF_RAW))]
-        for name in names:
-            self.path(subject, name).unlink(missing_ok=True)
+        for path, ours in self._found(subject):
+            if ours:
+                path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it holds something else
             self.path(subject).rmdir()
+
+    def _found(self, subject: str) -> list[tuple[Path, bool]]:
+        """What there is by the names of a subject's results, the record first, and whether it is ours.
+
+        Images say so. The rest is ours where an image or a record says that a result of ours is there.
+        """
+        images = [self.path(subject, f"{subject}_{kind}") for kind in IMAGES]
+        rest = [self.path(subject, name) for name in (RECORD_NAME, *(f"{subject}_{k}" for k in (PICTURE, *OF_RAW)))]
+        ours = {path: is_ours(path) for path in images if os.path.lexists(path)}
+        try:
+            known = "comnet_version" in json.loads(rest[0].read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            known = False
+        known = known or any(ours.values())
+        return [(path, known) for path in rest if os.path.lexists(path)] + list(ours.items())
 
 
 def _is_whole(path: Path, size: int) -> bool:
@@ -224,6 +239,7 @@ class Batch:
         self.items: dict[str, Item] = {}
         self.records: dict[str, Record] = {}
         self._own: list[str] = []
+        self._note = ""
         self._started = time.perf_counter()
         self._pool = ThreadPoolExecutor(1, "pictures")
         self._drawing: Future[None] | None = None
@@ -246,9 +262,9 @@ class Batch:
 
     def _claim(self) -> None:
         """Make sure of weights and output folder before the dataset is looked at."""
-        note = f"{self.weights.note}\nsha256 {self.weights.sha256}\n"
+        self._note = f"{self.weights.note}\nsha256 {self.weights.sha256}\n"
         if idist.get_rank() == 0:
-            self.folder.claim(note)
+            self.folder.claim()
 
     def untrained(self, items: Sequence[Item]) -> list[Item]:
         """Return the subjects that none of the weights was trained on: the others would be scored too well.
@@ -279,6 +295,8 @@ class Batch:
             UserError: a result would fall onto something that is not this batch's: see `Records.protect`.
         """
         self.folder.protect(items)
+        if self._note and idist.get_rank() == 0:
+            self.folder.mark(self._note)
         self.items = {str(item["subject"]): item for item in items}
         for name in self.items:
             record = self.folder.read(name)

@@ -54,6 +54,25 @@ def is_number(value: Any, least: float, most: float) -> bool:
 
 
 PARTIAL = ".partial-"
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it.
+
+    Raises:
+        FileError: it cannot be made; the message names it and says what to do.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def _cannot_write(folder: Path, error: OSError) -> FileError:
+    told = f"cannot write to {folder} ({error.strerror}): choose another folder or mend its permissions"
+    return FileError(error.errno, told)
+
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system says of a disk, or a user's share of it, that is full."""
 
@@ -72,12 +91,11 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     if path.is_dir():
         raise FileError(errno.EISDIR, f"{path} is a folder: choose another name for the file, or move the folder away")
     temporary = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}-{path.name}")
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
     except OSError as error:
-        advice = f"cannot write to {path.parent} ({error.strerror}): choose another folder or mend its permissions"
-        raise FileError(error.errno, advice) from error
+        raise _cannot_write(path.parent, error) from error
     try:
         yield temporary
         os.replace(temporary, path)

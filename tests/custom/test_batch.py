@@ -399,6 +399,39 @@ def test_a_mask_that_is_not_ours_is_neither_replaced_nor_deleted(make, items):
     assert theirs.read_bytes() == before
 
 
+@pytest.mark.parametrize("kind", ["record.json", "a_qc.png", "a_seg.dcm", "a_seg_t1c.nii.gz", "a_scanned.png"])
+def test_no_file_of_somebody_else_is_replaced_or_deleted(make, items, kind):
+    theirs = make().output_dir / "a" / kind
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=f"{kind} is not CoMNeT's and would be replaced"):
+        make(cohort=SimpleNamespace(inputs=lambda: items, exclusions=[])).inputs()
+    finish(make(), "a", failure="out of memory", mask=False)
+    assert theirs.read_text() == '{"mine": 1}'
+
+
+def test_weights_are_noted_once_the_run_may_begin(make, items):
+    cohort = SimpleNamespace(inputs=lambda: items[:1], exclusions=[])
+    book = make(cohort=cohort)
+    book.inputs()
+    finish(book, "a")
+    before = (book.output_dir / "weights.txt").read_text()
+    save_atomically({"model": {"w": torch.zeros(1)}, "provenance": {"notes": "newer"}}, book.weights.path)
+    refused = make(cohort=SimpleNamespace(inputs=Mock(side_effect=UserError("no subject")), exclusions=[]))
+    with pytest.raises(UserError, match="no subject"):
+        refused.inputs()
+    assert (book.output_dir / "weights.txt").read_text() == before
+    make(cohort=cohort).inputs()
+    assert "newer" in (book.output_dir / "weights.txt").read_text()
+
+
+def test_the_output_folder_is_no_folder_of_images(make, items, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "data" / "a")
+    with pytest.raises(UserError, match="a: results would lie among its images"):
+        make(cohort=SimpleNamespace(inputs=lambda: items, exclusions=[])).inputs()
+    assert not (tmp_path / "data" / "a" / "weights.txt").exists()
+
+
 def test_results_are_not_put_among_the_images(make, items, tmp_path):
     (tmp_path / "out").symlink_to(tmp_path / "data")
     with pytest.raises(UserError, match="a: results would lie among its images"):
