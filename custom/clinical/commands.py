@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import UserError
+
 logger = logging.getLogger("comnet")
 
 
@@ -88,6 +90,7 @@ def segment_raw(
         every_series: masks on the grids of all series.
 
     Raises:
+        UserError: results would lie among the files of a study.
         SystemExit: with the code of the bundle, with 3 where a study could not be prepared, 4 where none could.
     """
     import nibabel as nib
@@ -98,6 +101,9 @@ def segment_raw(
     from .study import prepare_studies
 
     postprocess = PostprocessRegions(**postprocessing)
+    for study in (Path(one).resolve() for one in studies if preparing.get("keep_names")):
+        if (output_dir / study.name).resolve() == study:
+            raise UserError(f"{study}: results would lie among its own files: choose another output_dir")
     prepared, failures = prepare_studies(studies, output_dir / "prepared", **preparing)
     for failure in failures:
         if (output_dir / "prepared" / failure.subject).is_dir():  # nothing of an earlier run is a result of this one

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..cohort import MODALITY_NAMES as NAMES
 from ..cohort import SubjectError
+from ..cohort.layouts import without_contrast
 from ..files import is_batch
 
 MAPPING = "studies.csv"
@@ -121,8 +122,8 @@ def read_study(folder: str | Path, number: int | None = None, name: str = "study
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a series' description or of a file's name, in lower case; `+` and `*` belong to words."""
-    return [word for word in re.split(r"[^a-z0-9+*]+", text.lower()) if word]
+    """Words of a series' description or of a file's name, in lower case; `+` and `*` belong to them, `C-` denies."""
+    return [word for word in re.split(r"[^a-z0-9+*]+", without_contrast(text.lower())) if word]
 
 
 def _is_output(folder: Path) -> bool:

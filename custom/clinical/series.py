@@ -156,7 +156,7 @@ def _contrast(facts: Mapping[str, Any], words: Sequence[str]) -> tuple[bool | No
     said = set(words)
     beside = any(a in _T1_WORDS and b in ("c", "k", "gd") for a, b in pairwise(words))
     named_post = bool(said & _CONTRAST) or beside
-    named_pre = bool(said & _NO_CONTRAST)
+    named_pre = bool(said & _NO_CONTRAST) or any(a == "no" and b in _CONTRAST | {"c", "iv"} for a, b in pairwise(words))
     if agent and agent.upper() not in ("NO", "NONE", "N", "0", "NA", "N/A"):
         if named_pre and not named_post:
             return None, f"its name says before contrast, but the agent {agent} is recorded"

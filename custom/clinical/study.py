@@ -127,8 +127,10 @@ def prepare_study(
     own = read_brain_mask(brain_mask, anonymous) if brain_mask else None
     with study_folder(path, output) as folder:
         found = read_study(folder, number, anonymous)
-        name = path.resolve().name.removesuffix(".zip") if keep_names else _anonymous(found.uid)
+        # some tools for anonymous studies give all of them one UID
+        name = _anonymous(" ".join(filter(None, (found.uid, found.patient.get("patient_id")))))
         if keep_names:
+            name = path.resolve().name.removesuffix(".zip")
             _refuse_namesake(output, name, path, found)
         target = output / name
         _write_mapping(output, name, path, found)
@@ -402,14 +404,28 @@ def _read_mapping(output: Path) -> list[dict[str, str]]:
 
 
 def _refuse_namesake(output: Path, name: str, path: Path, study: Study) -> None:
-    """Two studies may have one name; a study of DICOM is the same by its UID, wherever it lies."""
-    uid = study.patient.get("study_uid", "")
-    for row in _read_mapping(output):
-        same = row["study_uid"] == uid if row["study_uid"] and uid else row["folder"] == str(path.resolve())
-        if row["study"] == name and not same:
-            reason = f"{output / name} is of another study of this name, from {row['folder']}"
-            remedy = "Rename its folder, or choose another output_dir"
-            raise SubjectError(_anonymous(str(path.resolve())), "the study", reason, remedy)
+    """Two studies may have one name; a study of DICOM is the same by its UID and patient, wherever it lies.
+
+    The output folder may hold the study itself, or something else of its name.
+    """
+    target, place = output / name, str(path.resolve())
+    told = [study.patient.get(key, "") for key in ("study_uid", "patient_id")]
+    rows = [row for row in _read_mapping(output) if row["study"] == name]
+    others = [
+        row["folder"]
+        for row in rows
+        if ([row["study_uid"], row["patient_id"]] != told if told[0] else row["folder"] != place)
+    ]
+    reason = ""
+    if str(target.resolve()) == place:
+        reason = "its results would lie among its own files"
+    elif others:
+        reason = f"{target} is of another study of this name, from {others[0]}"
+    elif not rows and target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file():
+        reason = f"{target} holds what no preparation has made, and would be replaced"
+    if reason:
+        remedy = "Rename its folder, or choose another output_dir"
+        raise SubjectError(_anonymous(place), "the study", reason, remedy)
 
 
 def _write_mapping(output: Path, name: str, path: Path, study: Study) -> None:

@@ -19,7 +19,6 @@ from .volumes import image_like, write_whole
 
 logger = logging.getLogger("comnet")
 
-MARK = ", ".join(MODALITIES).encode()
 KEPT_TYPES = ("uint8", "int16", "int32", "uint16", "float32")
 
 
@@ -78,15 +77,12 @@ def stack_files(images: Sequence[str], output: str | Path, subject: str = "subje
         subject: named in errors.
 
     Raises:
-        SubjectError: see `read_scan`; a file that is no stack of ours is where the output would be.
+        SubjectError: see `read_scan`; another file than this very stack is where the output would be.
         ValueError: the output is one of the images.
         OSError: the file cannot be written.
     """
     if Path(output).resolve() in [Path(image).resolve() for image in images if image]:
         raise UserError(f"{output} is one of the images: choose another name for the stack")
-    if os.path.lexists(output) and not _is_stack(output):
-        reason = "there is a file of this name already, which is no stack of ours"
-        raise SubjectError(subject, str(output), reason, "Move it away, or choose another output_dir")
     scan = read_scan(subject, images)
     if scan.missing:
         logger.warning("%s: no %s: stacked as zeros", subject, named_modalities(scan.missing))
@@ -95,13 +91,17 @@ def stack_files(images: Sequence[str], output: str | Path, subject: str = "subje
     types = {str(array.dtype.newbyteorder("=")) for array in scan.images}
     dtype = types.pop() if len(types) == 1 and types <= set(KEPT_TYPES) else "float32"
     image = image_like(np.stack(scan.images, axis=-1).astype(dtype), scan.header)
-    image.header["descrip"] = MARK
+    image.header["descrip"] = ", ".join(MODALITIES).encode()
+    if os.path.lexists(output) and not _is_same(image, output):
+        reason = f"there is another file of this name already, of somebody else or of another {subject}"
+        raise SubjectError(subject, str(output), reason, "Move it away, or choose another output_dir")
     write_whole(image, Path(output))
     return str(output)
 
 
-def _is_stack(path: str | os.PathLike[str]) -> bool:
+def _is_same(stack: nib.Nifti1Image, path: str | os.PathLike[str]) -> bool:
     try:
-        return bytes(nib.load(path).header["descrip"]).startswith(MARK)
-    except (OSError, KeyError, ValueError, nib.filebasedimages.ImageFileError):
+        there = nib.load(path)
+        return np.allclose(there.affine, stack.affine) and np.array_equal(there.dataobj, stack.dataobj)
+    except Exception:  # nibabel raises whatever a damaged file provokes
         return False

@@ -57,18 +57,51 @@ _CASE_SUFFIXES = {
 }
 _PLAIN_WORDS = {
     "t1n": {"t1", "t1n", "t1w", "t1pre", "t1native"},
-    "t1c": {"t1c", "t1ce", "t1gd", "t1gad", "t1post", "t1contrast", "t1wce", "t1c+", "t1+c"},
+    "t1c": {
+        "t1c",
+        "t1ce",
+        "t1gd",
+        "t1gad",
+        "t1post",
+        "t1contrast",
+        "t1wce",
+        "t1wgd",
+        "t1c+",
+        "t1+c",
+        "t1+",
+        "ct1",
+        "cet1",
+    },
     "t2w": {"t2", "t2w"},
     "flair": {"flair", "t2flair", "t2f", "t2wflair"},
 }
-CONTRAST_WORDS = {
-    *("ce", "gd", "gad", "gado", "gadolinium", "gadovist", "dotarem", "post", "postgd", "postcontrast", "contrast"),
-    *("km", "mdc", "enhanced", "+c", "c+", "+gd", "+gad", "inj"),
+_AGENTS = {
+    *(
+        "ce",
+        "gd",
+        "gad",
+        "gado",
+        "gadolinium",
+        "gadovist",
+        "gadavist",
+        "gadobutrol",
+        "dotarem",
+        "multihance",
+        "prohance",
+    ),
+    *("contrast", "contraste", "kontrast", "kontrastmittel", "km", "mdc", "iv"),
+}
+CONTRAST_WORDS = _AGENTS - {"iv"} | {
+    *("post", "postgd", "postcontrast", "enhanced", "enh", "inj", "injecte", "injection", "+c", "c+"),
+    *(word for agent in _AGENTS for word in (f"{agent}+", f"+{agent}")),
 }
 NO_CONTRAST_WORDS = {
     *("pre", "pregd", "precontrast", "nonenhanced", "noncontrast", "nativ", "native", "without", "wo", "ohne", "sans"),
-    *("plain", "unenhanced", "non"),
+    *("plain", "unenhanced", "non", "before", "vor", "prae", "avant", "senza", "sin"),
 }
+_DENIED = re.compile(rf"(?<![a-z0-9])(c|{'|'.join(sorted(_AGENTS))})-(?![a-z0-9])")
+_BIDS_OF_CASE = re.compile(r"_(?:run-|rec-|space-|ses-(?=[a-z]))[^_]+(?=_)")
+_BIDS_AGENT = re.compile(r"(_ce-[^_]+)(.*)(?=_)")
 _MASK_WORDS = {"seg", "segm", "segmentation", "label", "labels", "labelmap", "mask", "tumorseg", "tumourseg"}
 _OTHER_IMAGES = {"ants", "map", "mapping", "star", "swi", "adc", "dwi", "dti", "diffusion", "perfusion", "cbv", "cbf"}
 
@@ -100,12 +133,26 @@ def role_of(name: str, layout: str) -> str | None:
 
 
 def by_role(names: Iterable[str], layout: str) -> dict[str, list[str]]:
-    """All candidates for each role; names that play none are left out."""
+    """All candidates for each role; names that play none are left out.
+
+    In the plain layout a word for contrast that the names of all modalities have belongs to the case (`P1_post_T2`);
+    what is corrected for shading (`T1_bias`) is none beside the image itself.
+    """
     candidates: dict[str, list[str]] = {}
-    for name in sorted(names):
-        if role := role_of(name, layout):
+    names = sorted(names)
+    shared = _shared_words(names) & CONTRAST_WORDS if layout == "plain" else set()
+    for name in names:
+        if role := _plain_role([w for w in _words(name) if w not in shared]) if shared else role_of(name, layout):
             candidates.setdefault(role, []).append(name)
+    for role, rivals in candidates.items():
+        candidates[role] = [name for name in rivals if "bias" not in _words(name)] or rivals
     return candidates
+
+
+def _shared_words(names: Iterable[str]) -> set[str]:
+    """Words that the plain names of all modalities have, where there are several."""
+    words = [set(_words(name)) for name in names if is_nifti(name) and role_of(name, "plain") in MODALITIES]
+    return set.intersection(*words) if len(words) > 1 else set()
 
 
 def recognise(names: Iterable[str]) -> str:
@@ -271,8 +318,16 @@ def _subject(
     )
 
 
+def without_contrast(text: str) -> str:
+    """Write out what a minus denies, in lower case: `t1_km-` is `t1_no_km`."""
+    return _DENIED.sub(r"no_\1", text)
+
+
 def _words(name: str) -> list[str]:
-    return re.split(r"[_\-. ]+", stem(name))
+    text = stem(name)
+    if text.startswith("sub-"):
+        text = _BIDS_AGENT.sub(r"\2\1", _BIDS_OF_CASE.sub("", text))  # the agent next to the suffix, wherever it stood
+    return re.split(r"[_\-. ]+", without_contrast(text))
 
 
 def _numbers(name: str) -> tuple[str, ...]:
@@ -290,7 +345,7 @@ def _doubtful(names: Iterable[str], layout: str, missing: Sequence[str]) -> list
     words = {name: _words(name) for name in names}
     prepared = "preparation.json" in words
     images = [name for name in words if is_nifti(name) and role_of(name, layout) in MODALITIES]
-    shared = set.intersection(*(set(words[name]) for name in images)) if len(images) > 1 else set[str]()
+    shared = _shared_words(images)
     of_case = [
         name
         for name in images

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from custom.clinical import study as module
+from custom.clinical.commands import segment_raw
 from custom.clinical.conversion import check_slices, convert, read_headers
 from custom.clinical.reading import read_study
 from custom.clinical.series import choose, weighting
@@ -350,6 +351,26 @@ def test_a_kept_name_is_of_one_study(kind, scan, tmp_path, monkeypatch):
     with pytest.raises(SubjectError, match=r"scan is of another study of this name, from .*first.*choose another"):
         prepare_study(places[1], out, keep_names=True)
     assert prepare_study(places[1], out).name.startswith("study-")
+    with pytest.raises(SubjectError, match="its results would lie among its own files"):
+        prepare_study(places[1], places[1].parent, keep_names=True)
+    (tmp_path / "else" / "scan").mkdir(parents=True)
+    (tmp_path / "else" / "scan" / "t1c.nii.gz").write_text("somebody's")
+    with pytest.raises(SubjectError, match="holds what no preparation has made"):
+        prepare_study(places[1], tmp_path / "else", keep_names=True)
+    before = sorted(path.name for path in places[1].iterdir())
+    with pytest.raises(UserError, match="results would lie among its own files: choose another output_dir"):
+        segment_raw([places[1]], places[1].parent, Mock(), {"keep_names": True}, {})
+    assert sorted(path.name for path in places[1].iterdir()) == before
+
+
+def test_studies_of_two_patients_with_one_uid_are_two(scan, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "require_clinical", lambda brain: None)
+    monkeypatch.setattr(module, "_prepare", lambda found, target, *_: Prepared(target.name, target, {}))
+    other = shutil.copytree(scan.folder, tmp_path / "other")
+    for folder in other.iterdir():
+        edit(folder, PatientID="OTHER")
+    names = [prepare_study(place, tmp_path / "out").name for place in (scan.folder, other)]
+    assert len(set(names)) == 2
 
 
 def test_no_such_modality_to_go_without(tmp_path):

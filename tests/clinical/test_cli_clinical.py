@@ -133,6 +133,7 @@ def test_one_study_that_cannot_be_brought_back_costs_no_other_and_leaves_nothing
         (tmp_path / name).mkdir()
         for kind in ("seg_t1c.nii.gz", "seg.dcm", "scanned.png"):
             (tmp_path / name / f"{name}_{kind}").write_text("of an earlier run")
+        (tmp_path / name / "record.json").write_text('{"comnet_version": "0.1.0"}')
 
     def run(folders):
         for one in studies:
@@ -144,7 +145,7 @@ def test_one_study_that_cannot_be_brought_back_costs_no_other_and_leaves_nothing
         commands.segment_raw([], tmp_path, run, {"pictures": False}, {"thresholds": [0.5] * 3})
     assert leave.value.code == 3 and [call.args[0].name for call in deliver.call_args_list] == ["A", "B"]
     assert "A: no mask as scanned: the DICOM study is gone" in caplog.text
-    assert [path.name for path in (tmp_path / "A").iterdir()] == ["A_prob.nii.gz"]
+    assert {path.name for path in (tmp_path / "A").iterdir()} == {"A_prob.nii.gz", "record.json"}
     assert not (tmp_path / "C").exists() and (tmp_path / "B" / "B_seg.dcm").exists()
 
 

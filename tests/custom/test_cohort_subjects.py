@@ -71,6 +71,16 @@ class TestNames:
             ("precontrast_T1", "postcontrast_T1", "T2", "FLAIR"),
             ("T1_non_enhanced", "T1_enhanced", "T2", "FLAIR"),
             ("T1", "T1C+", "T2", "FLAIR"),
+            ("T1_KM-", "T1_KM+", "T2", "FLAIR"),
+            ("T1-C-", "T1-C+", "T2", "FLAIR"),
+            ("T1_vor_KM", "T1_nach_KM", "T2", "FLAIR"),
+            ("T1_avant_gado", "T1_apres_gado", "T2", "FLAIR"),
+            ("T1_senza_mdc", "T1_con_mdc", "T2", "FLAIR"),
+            ("T1", "CT1", "T2", "FLAIR"),
+            ("P1_post_T1", "P1_post_T1c", "P1_post_T2", "P1_post_FLAIR"),
+            ("sub-1_ses-post_T1w", "sub-1_ses-post_ce-gd_run-1_T1w", "sub-1_ses-post_T2w", "sub-1_ses-post_FLAIR"),
+            ("sub-1_acq-precontrast_T1w", "sub-1_acq-postcontrast_T1w", "sub-1_T2w", "sub-1_FLAIR"),
+            ("sub-1_space-T1w_T1w", "sub-1_space-T1w_ce-gd_T1w", "sub-1_space-T1w_T2w", "sub-1_space-T1w_FLAIR"),
             ("post-op_T1", "post-op_T1c", "post-op_T2", "post-op_FLAIR"),
         ],
     )
@@ -88,6 +98,11 @@ class TestNames:
         subject = one([*extra, *names[::-1]], require_label=False)
         assert (list(subject.images), subject.label) == (names, None)
         assert one([*extra, *names, "s/Segmentation.nii"]).label == "s/Segmentation.nii"
+
+    def test_an_image_beside_what_is_corrected_for_shading_is_the_one(self) -> None:
+        names = [f"s/{key}{bias}.nii" for key in ("T1", "T1c", "T2", "FLAIR") for bias in ("", "_bias")]
+        assert list(one(names, require_label=False).images) == names[::2]
+        assert list(one(names[1::2], require_label=False).images) == names[1::2]
 
     def test_the_manual_utsw_mask_is_preferred_and_the_cropped_one_never_used(self) -> None:
         names = [*names_of("utsw"), "case/tumorseg_manual_correction.nii.gz", "case/brain_t1_ants.nii.gz"]
@@ -145,6 +160,7 @@ class TestNames:
     def test_scans_of_a_brats_2023_patient_share_a_patient(self) -> None:
         assert one(names_of("brats2023", "BraTS-GLI-00005-001")).patient == "BraTS-GLI-00005"
         assert one(names_of("brats2021", "BraTS-GLI-00005-001")).patient == "BraTS-GLI-00005"
+        assert one(names_of("brats2023", "Hosp-001")).patient == "Hosp-001"
 
     @pytest.mark.parametrize(
         ("name", "patient"),
