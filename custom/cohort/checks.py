@@ -44,6 +44,7 @@ MOST_NOISE = 1e-3
 MOST_GAP = 1e-2
 MAGNITUDES = (1e-12, 1e12)
 MOST_HIDDEN_BRAIN = 0.5
+MOST_OUTSIDE = 0.02
 MOST_OVER_BRIGHT = 20
 """Of 136 real images the brightest voxel is at most 1.9 times as bright as 99.9 % of them."""
 
@@ -160,6 +161,9 @@ def check_subject(
         )
         facts["voxels"], warnings = _check_labels(mask, subject.palette, unknown_labels, allow_empty_mask)
         facts["has_et"] = facts["voxels"]["ET"] > 0
+        tumour = mask.voxels != 0
+        if (outside := np.count_nonzero(tumour & ~scan.brain)) > MOST_OUTSIDE * max(np.count_nonzero(tumour), 1):
+            warnings.append(f"{outside} of its {np.count_nonzero(tumour)} voxels lie outside the brain")
         new = [one for one in mask.warnings if f"{MODALITIES[0]}: {one}" not in scan.warnings]
         facts["warnings"] = [*scan.warnings, *(f"mask: {one}" for one in [*new, *warnings])]
     return facts

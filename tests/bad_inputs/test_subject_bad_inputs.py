@@ -197,6 +197,14 @@ def test_fault_of_an_image_is_named_when_its_turn_comes(dataset: Path, fault: st
     assert all(word in caught.value.reason for word in gist) and not data.exclusions
 
 
+def test_a_mask_outside_the_brain_is_told(dataset: Path) -> None:
+    for name in ("T1.nii.gz", "T1c.nii.gz", "T2.nii.gz", "FLAIR.nii.gz"):
+        edit(name, lambda v: np.where(np.indices(v.shape)[0] < 8, 0, v))(dataset / BAD)
+    edit("seg.nii.gz", lambda v: np.where(np.indices(v.shape)[0] < 12, 2, 0).astype(v.dtype))(dataset / BAD)
+    facts = build_datalist(dataset)[0]["facts"][BAD]
+    assert any(one.endswith("of its 3072 voxels lie outside the brain") for one in facts["warnings"])
+
+
 @pytest.mark.parametrize(("value", "told"), [(1e6, True), (300.0, False)])
 def test_a_damaged_voxel_that_outshines_all_others_is_told(dataset: Path, value: float, told: bool) -> None:
     edit("FLAIR.nii.gz", with_value(value, 1))(dataset / BAD)
