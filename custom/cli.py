@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import logging
@@ -112,6 +113,9 @@ def segment(
         )
 
     values = {key: _override(key, value) for key, value in overrides.items()}
+    inner = {key: str(value) for key, value in values.items() if "#" in key and not key.startswith("cohort#")}
+    if inner:  # the batch knows the names at the top of the config only, and must do again what these change
+        settings["batch#settings#inner"] = hashlib.sha256(json.dumps(inner, sort_keys=True).encode()).hexdigest()
     if not raw:
         run(dataset)
         return

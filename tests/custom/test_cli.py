@@ -169,6 +169,16 @@ def test_wrong_usage_leaves_with_1_and_help_with_0(capsys):
     assert "FIRE_METADATA" not in "".join(capsys.readouterr())
 
 
+def test_a_value_deep_in_the_config_does_the_subject_again(dataset, weights, tmp_path):
+    words = ("segment", dataset / "BT0001", "--output_dir", tmp_path, "--weights", weights, "--nopictures")
+    record = tmp_path / "BT0001" / "record.json"
+    keys = []
+    for more in ((), ("--few_windows#overlap", 4), ("--few_windows#overlap", 4), ("--few_windows#overlap", 6)):
+        assert comnet(*words, *more) == 0
+        keys.append(json.loads(record.read_text())["key"])
+    assert keys[1] == keys[2] and len(set(keys)) == 3
+
+
 def test_missing_weights_are_one_clear_line(dataset, tmp_path):
     told = comnet("segment", dataset, "--output_dir", tmp_path / "out", "--weights", tmp_path / "none")
     assert "no weights at" in told and "name yours by --weights" in told
