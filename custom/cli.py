@@ -466,6 +466,7 @@ def _with_values(arguments: Sequence[str]) -> list[str]:
     """
     parameters = _parameters(SUBCOMMANDS[arguments[0]]) if arguments and arguments[0] in SUBCOMMANDS else {}
     switches = {name for name, one in parameters.items() if str(one.annotation) == "bool"} | {*SWITCHES_OF_CONFIG}
+    texts = {name for name, one in parameters.items() if str(one.annotation) in ("str", "str | None")}
     found = []
     for word, after in pairwise([*arguments, "--"]):
         option, equals, value = word.removeprefix("--").partition("=")
@@ -476,9 +477,7 @@ def _with_values(arguments: Sequence[str]) -> list[str]:
             found.append(f"--{name}=true")
         elif name.startswith("no") and name[2:] in switches and not equals:
             found.append(f"--{name[2:]}=false")
-        elif "str" in str(getattr(parameters.get(name), "annotation", "")) and not (
-            value if equals else after and not after.startswith("--")
-        ):
+        elif name in texts and (not value if equals else not after or after.startswith("--")):
             raise UserError(f"--{option} needs a value")
         else:
             found.append(word)
