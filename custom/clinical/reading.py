@@ -16,7 +16,7 @@ import numpy as np
 
 from ..cohort import MODALITY_NAMES as NAMES
 from ..cohort import SubjectError
-from ..cohort.layouts import without_contrast
+from ..cohort.names import without_contrast
 from ..files import is_batch
 
 MAPPING = "studies.csv"

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..cohort import MODALITIES, SubjectError
-from ..cohort.layouts import CONTRAST_WORDS, NO_CONTRAST_WORDS
+from ..cohort.names import CONTRAST_WORDS, NO_CONTRAST_WORDS
 from .reading import NAMES, Series, Study, words_of
 
 MIN_SLICES = 8
