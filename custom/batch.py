@@ -67,9 +67,9 @@ class Records:
                 raise UserError(f"{self.output_dir / foreign} is not CoMNeT's: choose another output_dir")
         make_folder(self.output_dir)
         lock_folder(self.output_dir)
-        for left in [*self.output_dir.glob(f"{PARTIAL}*"), *self.output_dir.glob(f"*/{PARTIAL}*")]:
-            if left.is_file():
-                left.unlink()
+        left = [*self.output_dir.glob(f"{PARTIAL}*"), *self.output_dir.glob(f"*/{PARTIAL}*")]
+        for path in filter(Path.is_file, left):
+            path.unlink()
 
     def mark(self, note: str) -> None:
         """Mark the folder as a batch's, with what the weights say."""
@@ -130,9 +130,7 @@ class Records:
 
     def is_of(self, exclusion: Any) -> bool:
         """Whether what there is of a subject came from where an exclusion lies, or from where nobody knows any more."""
-        files = (self.read(exclusion.subject) or {}).get("files", ())
-        folders = {os.path.dirname(file) for file, *_ in files if file}
-        place = exclusion.file
+        folders, place = _folders((self.read(exclusion.subject) or {}).get("files", ())), exclusion.file
         return not folders or not os.path.isabs(place) or bool(folders & {place, os.path.dirname(place)})
 
     def forget(self, subject: str) -> None:
@@ -151,11 +149,9 @@ class Records:
         images = [self.path(subject, f"{subject}_{kind}") for kind in IMAGES]
         rest = [self.path(subject, name) for name in (RECORD_NAME, *(f"{subject}_{k}" for k in (PICTURE, *OF_RAW)))]
         ours = {path: is_ours(path) for path in images if os.path.lexists(path)}
-        try:
-            known = "comnet_version" in json.loads(rest[0].read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError):
-            known = False
-        known = known or any(ours.values())
+        known = any(ours.values())
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            known = known or "comnet_version" in json.loads(rest[0].read_text(encoding="utf-8"))
         return [(path, known) for path in rest if os.path.lexists(path)] + list(ours.items())
 
 
@@ -186,6 +182,11 @@ def stamps(item: Item) -> list[list[Any]]:
     return found
 
 
+def _folders(found: Sequence[Sequence[Any]]) -> set[str]:
+    """Where the files lie whose `stamps` these are."""
+    return {os.path.dirname(file) for file, *_ in found if file}
+
+
 def _other_subject(earlier: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]]) -> bool:
     """Whether files differ in path and in content, as far as size and time tell; moved files are the same subject.
 
@@ -193,8 +194,7 @@ def _other_subject(earlier: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]
     """
     pairs = [(one, other) for one, other in zip(earlier, now, strict=False) if one[0] and other[0]]
     if not pairs:
-        folders, others = ({os.path.dirname(one[0]) for one in files if one[0]} for files in (earlier, now))
-        return folders.isdisjoint(others)
+        return _folders(earlier).isdisjoint(_folders(now))
     return all(one[0] != other[0] and list(one[1:]) != list(other[1:]) for one, other in pairs)
 
 

@@ -120,8 +120,9 @@ def segment(
         run(dataset)
         return
     postprocessing = {key: values.get(key, found.tuned[key]) for key in ("thresholds", "min_volume_mm3")}
-    postprocessing |= {key: values[key] for key in ("fill_holes",) if key in values}
     postprocessing |= {"palette": values.get("output_palette", "brats2023")}
+    if "fill_holes" in values:
+        postprocessing["fill_holes"] = values["fill_holes"]
     preparing |= {"chosen": files, "without": _listed(preparing.get("without")), "pictures": pictures}
     preparing["number"] = preparing.pop("study", None)
     segment_raw([_path(one) for one in inputs], _path(output_dir), run, preparing, postprocessing, every_series)

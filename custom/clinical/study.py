@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import hashlib
 import importlib
 import json
@@ -26,7 +25,7 @@ import numpy as np
 from .. import __version__
 from ..cohort import MODALITIES, SubjectError
 from ..cohort.volumes import image_at, write_whole
-from ..files import UserError, whole_file, write_table, write_text
+from ..files import FULL, UserError, whole_file, write_table, write_text
 from .brain import TOOLS, check_brain, extract_brain, read_brain_mask
 from .conversion import convert
 from .reading import MAPPING, MAPPING_COLUMNS, NAMES, RECORD, Series, Study, read_study
@@ -143,7 +142,7 @@ def prepare_study(
             prepared = _prepare(found, target, name, key, options, own, started)
             return replace(prepared, source=path, number=number)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in FULL:
                 raise
             reason = "no space is left on the disk"
             raise SubjectError(name, "the output folder", reason, "Make room for about 300 MB a study") from error

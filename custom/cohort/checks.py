@@ -162,8 +162,9 @@ def check_subject(
         facts["voxels"], warnings = _check_labels(mask, subject.palette, unknown_labels, allow_empty_mask)
         facts["has_et"] = facts["voxels"]["ET"] > 0
         tumour = mask.voxels != 0
-        if (outside := np.count_nonzero(tumour & ~scan.brain)) > MOST_OUTSIDE * max(np.count_nonzero(tumour), 1):
-            warnings.append(f"{outside} of its {np.count_nonzero(tumour)} voxels lie outside the brain")
+        outside, voxels = np.count_nonzero(tumour & ~scan.brain), np.count_nonzero(tumour)
+        if outside > MOST_OUTSIDE * voxels:
+            warnings.append(f"{outside} of its {voxels} voxels lie outside the brain")
         new = [one for one in mask.warnings if f"{MODALITIES[0]}: {one}" not in scan.warnings]
         facts["warnings"] = [*scan.warnings, *(f"mask: {one}" for one in [*new, *warnings])]
     return facts
