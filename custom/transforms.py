@@ -239,6 +239,7 @@ class RandTorchIOd(RandomizableTransform, MapTransform):
         self.labels = ensure_tuple(label_keys)
         MapTransform.__init__(self, (*self.images, *self.labels))
         RandomizableTransform.__init__(self, prob)
+        self.name, self.kwargs = name, kwargs  # public: what resumed training is held against
         self.transform = getattr(torchio.transforms, name)(**kwargs)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

@@ -263,9 +263,10 @@ class _Planner:
         return [predict, *trained, *(self.score("comnet", job, "comnet_corrdiff", score) for job in trained), ensemble]
 
     def report(self, jobs: Sequence[Job]) -> Job:
-        tables = {file: None for job in jobs for file in job.writes if file.name in ("scores.csv", "tuning.json")}
-        folders = [table.parent for table in tables if table.name == "scores.csv"]
-        records = [folder / name / "record.json" for folder in folders for name in self.subjects.folds]
+        tables = [file for job in jobs for file in job.writes if file.name in ("scores.csv", "tuning.json")]
+        scored = [(job.folders[0], job.overrides["fold"]) for job in jobs if job.stage.startswith("score_")]
+        folds = self.subjects.folds.items()
+        records = [folder / name / "record.json" for folder, fold in scored for name, of in folds if of == fold]
         return self.job("report", reads=(*tables, *records), writes=(self.run_dir / "report" / "report.html",))
 
     def train(
@@ -293,7 +294,8 @@ class _Planner:
     def score(self, model: str, trained: Job, bundle: str, configs: tuple[str | Path, ...]) -> Job:
         from ..report import MODELS
 
-        fold, folder = trained.overrides["fold"], self.run_dir / model / "scores"
+        fold = trained.overrides["fold"]
+        folder = self.run_dir / model / "scores" / f"fold{fold}"  # of its own: folds are scored side by side
         settings = {"fold": fold, "cohort#num_folds": self.subjects.num_folds, "batch#model": MODELS[model]}
         return self.job(
             f"score_{model}_fold{fold}",
@@ -302,7 +304,7 @@ class _Planner:
             overrides=self.places() | {"checkpoint": trained.writes[0], "output_dir": folder} | settings,
             reads=trained.writes,
             writes=(folder / "scores.csv",),
-            folders=tuple(folder / name for name, of in self.subjects.folds.items() if of == fold),
+            folders=(folder,),
         )
 
     def job(self, name: str, bundle: str | None = None, configs: tuple[str | Path, ...] = (), **fields: Any) -> Job:

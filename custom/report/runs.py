@@ -43,6 +43,7 @@ class Run:
         not_scored: subjects that a model has no scores of, by model.
         datalist: `datalist.json` as it is, empty where there is none.
         tuning: `ensemble/tuning.json`, empty where there is none.
+        places: folder of what scoring wrote, by model and subject.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class Run:
     not_scored: dict[str, list[str]]
     datalist: dict[str, Any]
     tuning: dict[str, Any]
+    places: dict[tuple[str, str], Path]
 
     @property
     def subjects(self) -> list[str]:
@@ -68,8 +70,7 @@ class Run:
 
     def file(self, model: str, subject: str, ending: str) -> Path:
         """Path of what scoring wrote for a subject, such as that which ends in `qc.png` or `seg.nii.gz`."""
-        key = next(key for key, name in MODELS.items() if name == model)
-        return self.folder / key / "scores" / subject / f"{subject}_{ending}"
+        return self.places[model, subject] / f"{subject}_{ending}"
 
     def weights(self, model: str, subject: str) -> str:
         """What the weights are that a subject was segmented with."""
@@ -77,7 +78,7 @@ class Run:
 
 
 def read_run(run_dir: str | os.PathLike[str]) -> Run:
-    """Reads `<model>/scores/<subject>/record.json` of every model, `datalist.json` and `ensemble/tuning.json`.
+    """Reads `<model>/scores/fold<k>/<subject>/record.json` of every model, `datalist.json` and `ensemble/tuning.json`.
 
     The folder decides what a model is called. Records without scores count as not scored. The rule that selected the
     epochs is the record's "selection", in runs of 0.1 always "paper".
@@ -86,12 +87,14 @@ def read_run(run_dir: str | os.PathLike[str]) -> Run:
         UserError: no model has scores, or a file is not what it should be; says which.
     """
     folder = Path(run_dir)
-    records = {name: _records(folder / key / "scores") for key, name in MODELS.items()}
+    found = {name: _record_files(folder / key / "scores") for key, name in MODELS.items()}
+    records = {name: {subject: _read(file) for subject, file in files.items()} for name, files in found.items()}
     scores = [_scores(one) | {"model": name} for name, of in records.items() for one in of.values() if "scores" in one]
     if not scores:
+        places = ", ".join(f"{key}/scores/fold*/*/record.json" for key in MODELS)
         raise UserError(
-            f"{folder}: no scores in {', '.join(f'{key}/scores/*/record.json' for key in MODELS)}: score the models "
-            "with `comnet crossval`, or name the folder of a cross-validation"
+            f"{folder}: no scores in {places}: score the models with `comnet crossval`, or name the folder of a "
+            "cross-validation"
         )
     datalist = _read(folder / "datalist.json", optional=True)
     expected = {str(item["subject"]) for item in datalist.get("training", [])} | {str(one["subject"]) for one in scores}
@@ -101,7 +104,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> Run:
     return Run(
         folder,
         scores,
-        notes={name: "; ".join(found) for name, found in notes.items()},
+        notes={name: "; ".join(told) for name, told in notes.items()},
         not_scored={
             name: missing
             for key, name in MODELS.items()
@@ -109,16 +112,18 @@ def read_run(run_dir: str | os.PathLike[str]) -> Run:
         },
         datalist=datalist,
         tuning=_read(folder / "ensemble" / "tuning.json", optional=True),
+        places={(name, subject): file.parent for name, files in found.items() for subject, file in files.items()},
     )
 
 
 def read_scores(scores_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read the scores of all subjects that an evaluation has left in a folder.
+    """Read the scores of all subjects that an evaluation has left in a folder, or several in folders in it.
 
     Raises:
         UserError: a record is not what it should be; says which.
     """
-    return [_scores(record) for record in _records(Path(scores_dir)).values() if "scores" in record]
+    records = map(_read, _record_files(Path(scores_dir)).values())
+    return [_scores(record) for record in records if "scores" in record]
 
 
 def mean_dice(score: Mapping[str, Any]) -> float:
@@ -185,8 +190,11 @@ def _scores(record: Mapping[str, Any]) -> dict[str, Any]:
     return names | {"selection": PAPER} | scores | ({"selection": record["selection"]} if "selection" in record else {})
 
 
-def _records(scores_dir: Path) -> dict[str, dict[str, Any]]:
-    return {path.parent.name: _read(path) for path in sorted(scores_dir.glob("*/record.json"))}
+def _record_files(scores_dir: Path) -> dict[str, Path]:
+    """Records by subject: of one evaluation, or of several, each in a folder of its own."""
+    found = [*scores_dir.glob("*/record.json"), *scores_dir.glob("*/*/record.json")]
+    files = {path.parent.name: path for path in found}
+    return dict(sorted(files.items()))
 
 
 def _read(path: Path, optional: bool = False) -> dict[str, Any]:

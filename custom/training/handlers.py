@@ -9,7 +9,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -101,19 +101,23 @@ class ProgressBar:
     description: str
     loss: Callable[[Any], float] | None = None
     validator: Engine | None = None
+    bar: Any = field(default=None, init=False)
 
     def attach(self, engine: Engine) -> None:
         """Follow ``engine``; only rank 0 draws."""
         if idist.get_rank() == 0:
-            engine.add_event_handler(Events.STARTED, self._open)
+            engine.add_event_handler(Events.EPOCH_STARTED, self._open)
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
             engine.add_event_handler(Events.COMPLETED, self._close)
 
     def _open(self, engine: Engine) -> None:
+        """Begin where the engine is, which other handlers may have set when it started."""
         from tqdm import tqdm
 
+        if self.bar is not None:
+            return
         total = engine.state.max_epochs * engine.state.epoch_length
-        self.bar: Any = tqdm(total=total, initial=engine.state.iteration, desc=self.description, dynamic_ncols=True)
+        self.bar = tqdm(total=total, initial=engine.state.iteration, desc=self.description, dynamic_ncols=True)
 
     def _advance(self, engine: Engine) -> None:
         figures = {"epoch": f"{engine.state.epoch}/{engine.state.max_epochs}"} if engine.state.max_epochs > 1 else {}
@@ -125,7 +129,9 @@ class ProgressBar:
         self.bar.update(engine.state.iteration - self.bar.n)
 
     def _close(self, engine: Engine) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
 
 
 logger = logging.getLogger("comnet")
@@ -188,6 +194,8 @@ class Resumer:
         state = {key: unwrapped(item).state_dict() for key, item in self.objects.items()}
         state["progress"] = {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
         state |= {"subjects": self.subjects, "settings": self.settings}
+        if getattr(engine, "scaler", None) is not None:
+            state["scaler"] = engine.scaler.state_dict()
         if self.validator is not None:
             best = self.validator.state
             state["best"] = {"metric": float(best.best_metric), "epoch": int(best.best_metric_epoch)}
@@ -208,7 +216,12 @@ class Resumer:
         self._check_settings(state.get("settings", {}))
         try:
             for key, item in self.objects.items():
+                asked = getattr(item, "t_total", None)
                 unwrapped(item).load_state_dict(state[key])
+                if asked != getattr(item, "t_total", None):
+                    stretch(item, asked)
+            if getattr(engine, "scaler", None) is not None and "scaler" in state:
+                engine.scaler.load_state_dict(state["scaler"])
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{self.path} was written by another configuration ({reason}): {ANEW}") from error
@@ -232,6 +245,15 @@ class Resumer:
         if changed:
             named = (changed | ({TRANSFORMS: "other transforms"} if TRANSFORMS in changed else {})).values()
             raise CheckpointError(f"{self.path} was trained with {', '.join(named)}: ask for the same again, {ANEW}")
+
+
+def stretch(schedule: Any, t_total: int) -> None:
+    """Have a MONAI schedule go on from its epoch as one of another length would."""
+    schedule.t_total = t_total
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+        group["lr"] = rate
 
 
 def plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import ignite.distributed as idist
 import monai.handlers
+import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from torch import nn
@@ -132,9 +133,17 @@ class CheckpointSaver:
         if not selected:
             self._start_average()
         if selected and idist.get_rank() == 0:
-            network = self.network if self.average is None else self.average.ema_model
+            network = self.network if self.average is None else self._averaged(self.average.ema_model)
             content = {MODEL_KEY: network.state_dict(), PROVENANCE_KEY: dict(self.provenance)}
             save_atomically(content, self.path)
+
+    def _averaged(self, mean: nn.Module) -> nn.Module:
+        """Put what is frozen into an average as it is: a mean of equal numbers is off by rounding."""
+        with torch.no_grad():
+            for averaged, parameter in zip(mean.parameters(), self.network.parameters(), strict=True):
+                if not parameter.requires_grad:
+                    averaged.copy_(parameter)
+        return mean
 
     def _start_average(self) -> None:
         if self.average is not None:

@@ -61,7 +61,7 @@ def whole(words, tmp_path_factory) -> Path:
 
 
 def scores(run_dir: Path) -> dict[str, dict]:
-    records = sorted(run_dir.glob("*/scores/*/record.json"))
+    records = sorted(run_dir.glob("*/scores/fold*/*/record.json"))
     return {str(file.relative_to(run_dir)): json.loads(file.read_text())["scores"] for file in records}
 
 
@@ -72,7 +72,7 @@ def status(run_dir: Path, job: str) -> str:
 
 def test_all_models_folds_and_subjects_are_there(whole):
     for model in ("mednext", "comnet"):
-        assert len(list((whole / model / "scores").glob("*/record.json"))) == 6
+        assert len(list((whole / model / "scores").glob("fold*/*/record.json"))) == 6
         assert all((whole / model / f"fold{fold}" / "model.pt").is_file() for fold in range(2))
     found = scores(whole).values()
     assert {(row["model"], row["fold"]) for row in found} == {(m, k) for m in ("MedNeXt", "CoMNeT") for k in (0, 1)}
@@ -84,10 +84,10 @@ def test_all_models_folds_and_subjects_are_there(whole):
 KILLS = [  # job in which it is stopped, what that has left by then
     ("train_mednext_fold0", "mednext/fold0/last.pt", signal.SIGKILL),
     ("train_mednext_fold1", "mednext/fold1/last.pt", signal.SIGINT),
-    ("score_mednext_fold1", "mednext/scores/*/record.json", signal.SIGKILL),
+    ("score_mednext_fold1", "mednext/scores/*/*/record.json", signal.SIGKILL),
     ("predict_coarse", "coarse/*/*.npy", signal.SIGKILL),
     ("train_comnet_fold1", "comnet/fold1/last.pt", signal.SIGKILL),
-    ("score_comnet_fold0", "comnet/scores/*/record.json", signal.SIGKILL),
+    ("score_comnet_fold0", "comnet/scores/*/*/record.json", signal.SIGKILL),
     ("ensemble", "logs/ensemble.log", signal.SIGKILL),
     ("report", "logs/report.log", signal.SIGKILL),
 ]
@@ -105,6 +105,15 @@ def test_killed_in_every_stage_it_ends_with_the_same_table(whole, words, tmp_pat
     for folder in ("mednext/fold0", "comnet/fold1"):
         ours, theirs = (torch.load(run / folder / "last.pt", weights_only=True)["model"] for run in (run_dir, whole))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_folds_are_scored_side_by_side(whole, words, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    for folder in run_dir.glob("*/scores"):
+        shutil.rmtree(folder)
+    finish([*words, "--jobs", "2"], run_dir)
+    assert scores(run_dir) == scores(whole)
 
 
 def stop(words: list[str], run_dir: Path, job: str, sign: str, kill: signal.Signals) -> bool:

@@ -87,7 +87,8 @@ class TestPlan:
         assert (train["--dataset_dir"], train["--datalist_file"]) == ("data", "run/datalist.json")
         assert (train["--fold"], train["--num_folds"], train["--seed"]) == ("1", "3", "7")
         score = options(jobs["score_mednext_fold2"])
-        assert score["--checkpoint"] == "run/mednext/fold2/model.pt" and score["--output_dir"] == "run/mednext/scores"
+        assert score["--checkpoint"] == "run/mednext/fold2/model.pt"
+        assert score["--output_dir"] == "run/mednext/scores/fold2"
         assert (score["--fold"], score["--batch#model"], score["--cohort#num_folds"]) == ("2", "MedNeXt", "3")
         corrector = options(jobs["train_comnet_fold0"])
         assert corrector["--backbones_dir"] == "run/mednext" and corrector["--coarse_dir"].startswith("run/coarse/")
