@@ -262,6 +262,7 @@ class Batch:
 
     def _claim(self) -> None:
         """Make sure of weights and output folder before the dataset is looked at."""
+        self.weights.check_spacing(self.settings.get("spacing"))
         self._note = f"{self.weights.note}\nsha256 {self.weights.sha256}\n"
         if idist.get_rank() == 0:
             self.folder.claim()

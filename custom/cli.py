@@ -120,9 +120,9 @@ def segment(
         run(dataset)
         return
     postprocessing = {key: values.get(key, found.tuned[key]) for key in ("thresholds", "min_volume_mm3")}
-    postprocessing |= {"palette": values.get("output_palette", "brats2023")}
-    if "fill_holes" in values:
-        postprocessing["fill_holes"] = values["fill_holes"]
+    config = json.loads((bundle_root("comnet_ensemble") / "configs" / "inference.json").read_text(encoding="utf-8"))
+    for option, value in {"palette": "output_palette", "fill_holes": "fill_holes"}.items():
+        postprocessing[option] = values.get(value, config[value])
     preparing |= {"chosen": files, "without": _listed(preparing.get("without")), "pictures": pictures}
     preparing["number"] = preparing.pop("study", None)
     segment_raw([_path(one) for one in inputs], _path(output_dir), run, preparing, postprocessing, every_series)

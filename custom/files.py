@@ -42,6 +42,7 @@ def option_values(option: str, value: Any, expected: str, fits: Callable[[Any], 
     Raises:
         UserError: there are more or fewer values, or one does not fit.
     """
+    value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's and PyTorch's
     found = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     if len(found) not in counts or not all(map(fits, found)):
         raise UserError(f"{option} is {value!r}: give {expected}")

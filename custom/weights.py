@@ -8,7 +8,7 @@ import io
 import logging
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,7 +42,7 @@ TRUSTED = {"backbone": "custom.mednext.mednext_", "corrector": "custom.corrdiff.
 """How the names of networks begin that weights may name: those that the room exports, and MONAI's own backbones."""
 OF_THE_PARTS = ("backbone", "corrector", "spacing", "patch_size", "mirror_axes")
 """What an ensemble and the backbones and correctors that it is gathered from must agree on."""
-NUMBERS = ("spacing", "patch_size", "mirror_axes", "num_folds", "refine_each_fold")
+NUMBERS = ("spacing", "patch_size", "mirror_axes", "num_folds", "refine_each_fold", "num_samples")
 
 
 class CheckpointError(UserError):
@@ -251,6 +251,19 @@ class Weights:
         """
         check_settings(self.facts, self.path)
         return {name: self.facts[name] for name in (*TRUSTED, *NUMBERS) if self.facts.get(name) is not None}
+
+    def check_spacing(self, spacing: Sequence[float] | None) -> None:
+        """Refuse images of another voxel size, in mm, than that which the weights were trained on.
+
+        Raises:
+            CheckpointError: the weights name another one.
+        """
+        own = self.facts.get("spacing")
+        if own is not None and spacing is not None and list(map(float, own)) != list(map(float, spacing)):
+            raise CheckpointError(
+                f"the weights in {self.path} were trained at a spacing of {list(own)} mm, not {list(spacing)}: give "
+                f'--spacing "{list(own)}"'
+            )
 
     def load(self, network: nn.Module) -> None:
         """Load strictly into a network: a whole CoMNeT, or one backbone; or folds' backbones into a CoMNeT's.

@@ -185,7 +185,7 @@ def _method(fixed: sitk.Image, seed: int, shrink: int, sigma: float) -> Any:
     method.SetNumberOfThreads(1)
     method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=BINS)
     method.SetMetricSamplingStrategy(method.RANDOM)
-    method.SetMetricSamplingPercentage(min(1.0, SAMPLES / (np.prod(fixed.GetSize()) * shrink / shrink**3)), seed + 1)
+    method.SetMetricSamplingPercentage(min(1.0, SAMPLES * shrink**2 / np.prod(fixed.GetSize())), seed + 1)
     method.SetInterpolator(sitk.sitkLinear)
     method.SetOptimizerAsRegularStepGradientDescent(
         learningRate=2.0, minStep=0.01, numberOfIterations=100, relaxationFactor=0.6

@@ -182,9 +182,7 @@ def _why_not(facts: Mapping[str, Any], kind: str) -> str | None:
         return "it is in colour: a screenshot or a fused map"
     if facts.get("burnt_in"):
         return "annotations are burnt into its pixels"
-    if ("SECONDARY" in types and "SCREEN SAVE" in types) or facts.get("sop_class", "").startswith(
-        "1.2.840.10008.5.1.4.1.1.7"
-    ):
+    if {"SECONDARY", "SCREEN SAVE"} <= set(types) or facts.get("sop_class", "").startswith(_SECONDARY_CAPTURE):
         return "it is a secondary capture (a screenshot)"
     if facts["body_part"] not in _HEAD_PARTS or words & _BODY_WORDS:
         return f"it shows {facts['body_part'].lower() or 'another part of the body'}, not the brain"

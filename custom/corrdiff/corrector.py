@@ -103,6 +103,9 @@ class CorrDiff(nn.Module):
         diffusion = LatentDiffusion(Denoiser(channels, guide_channels)) if diffusion is None else diffusion
         if diffusion.latent_channels != channels:
             raise UserError(f"the denoiser takes {diffusion.latent_channels} latent channels, the tokeniser {channels}")
+        if diffusion.denoiser.guide_channels != guide_channels:
+            taken = diffusion.denoiser.guide_channels
+            raise UserError(f"the denoiser takes {taken} channels of conditioning, guide_channels is {guide_channels}")
         if num_samples < 1:
             raise UserError(f"num_samples is {num_samples}: sample at least one residual")
         if timesteps_per_subject < 1:

@@ -20,7 +20,6 @@ from ..bundle_run import bundle_command, run_bundle
 from ..files import UserError, write_text
 from .inputs import INDIFFERENT, Overlays, Subjects, code_digest, config_contents, with_files
 
-SELECTIONS = ("paper", "inner", "last")
 OF_COARSE = ("backbone", "image_preprocessing", "coarse_inferer", "coarse")
 
 
@@ -180,14 +179,17 @@ def make_plan(
         overlays: files to lay over the bundles' configs, see `Overlays`.
         seed: seed of everything.
         notes: what the checkpoints are to say of themselves.
-        selection: which epoch's weights every training keeps, one of `SELECTIONS`; by default what the configs say.
+        selection: which epoch's weights every training keeps, see `custom.training.Selection`; by default what the
+            configs say.
 
     Raises:
         UserError: unknown model or selection, models that would be selected by different rules, or an overlay that
             cannot be laid over or does not exist.
     """
-    if selection not in (None, *SELECTIONS):
-        raise UserError(f"unknown selection {selection}: choose from {', '.join(SELECTIONS)}")
+    from ..metrics import RULES
+
+    if selection not in (None, *RULES):
+        raise UserError(f"unknown selection {selection}: choose from {', '.join(RULES)}")
     planner = _Planner(Path(run_dir), subjects, Overlays(overlays, run_dir), seed, notes, selection)
     jobs: list[Job] = []
     for model in choose_models(models):
@@ -231,7 +233,8 @@ class _Planner:
         from ..weights import OF_THE_PARTS
 
         values = self.overlays.values("comnet_corrdiff", "train.json")
-        if self.overlays.values("comnet_mednext", "train.json").get("selection") != values.get("selection"):
+        rule = self.overlays.values("comnet_mednext", "train.json").get("selection")
+        if self.selection is None and rule != values.get("selection"):
             raise UserError("a config sets another selection for MedNeXt than for CoMNeT: use --selection")
         code = code_digest(json.dumps([values[name] for name in OF_COARSE]))
         coarse = {"backbones_dir": self.run_dir / "mednext", "coarse_dir": self.run_dir / "coarse" / code[:8]}

@@ -3,6 +3,7 @@
 from .inferers import (
     SUBJECT_KEY,
     FewWindowsInferer,
+    SlidingWindowsInferer,
     SubjectDataset,
     SubjectEvaluator,
     SubjectLoader,
@@ -29,6 +30,7 @@ __all__ = [
     "PostprocessRegions",
     "PostprocessRegionsd",
     "SaveSubjectd",
+    "SlidingWindowsInferer",
     "SubjectDataset",
     "SubjectEvaluator",
     "SubjectLoader",

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ignite.engine import Events
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
-from monai.inferers import Inferer, SlidingWindowInferer, sliding_window_inference
+from monai.inferers import Inferer, sliding_window_inference
 from monai.utils import BlendMode, convert_to_dst_type
 
 from ..files import UserError, option_values
@@ -149,6 +149,36 @@ class FewWindowsInferer(WholeVolumeInferer):
         return -(-(length + (count - 1) * self.overlap) // (count * self.divisor)) * self.divisor
 
 
+class SlidingWindowsInferer(WholeVolumeInferer):
+    """Slide a window of the training patch over the volume, blended by a Gaussian where windows overlap.
+
+    MONAI's inferer of nearly that name neither mirrors nor takes what executes the network.
+
+    Args:
+        patch_size: the window in voxels.
+        overlap: share of a window that its neighbours cover too.
+        execution, mirror_axes: see :class:`WholeVolumeInferer`.
+
+    Raises:
+        UserError: the patch is not three lengths.
+    """
+
+    def __init__(
+        self,
+        patch_size: Sequence[int],
+        overlap: float = 0.5,
+        execution: Callable[[Any], Any] | None = None,
+        mirror_axes: Sequence[int] = (),
+    ) -> None:
+        super().__init__(execution=execution, mirror_axes=mirror_axes)
+        self.patch_size = check_patch_size(patch_size)
+        self.overlap = overlap
+
+    def infer(self, inputs: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Infer without mirroring, by a network that is ready to be called."""
+        return sliding_window_inference(inputs, self.patch_size, 1, network, self.overlap, BlendMode.GAUSSIAN)
+
+
 class SubjectLoader(DataLoader):
     """Loader of one subject at a time that prepares the next one in a thread while the network computes.
 
@@ -209,8 +239,6 @@ class SubjectEvaluator(SupervisedEvaluator):
         super().__init__(*args, **kwargs)
         if not callable(self.inferer):
             raise UserError(f"inferer is {self.inferer!r}: a part of the config is named with an @, as in @few_windows")
-        if isinstance(self.inferer, SlidingWindowInferer):
-            check_patch_size(self.inferer.roi_size)
         self.add_event_handler(Events.STARTED, lambda engine: self.failures.clear())
 
     def run(self) -> None:

@@ -15,7 +15,7 @@ regions too, and NaN only where the brain is empty (`calibration`). Every `sd` i
 
 from __future__ import annotations
 
-from .paired import PAPER, may_infer, paired_differences
+from .paired import PAPER, RULES, may_infer, paired_differences
 from .scores import (
     EMPTY_HD95_MM,
     LESION_SCORES,
@@ -34,6 +34,7 @@ __all__ = [
     "EMPTY_HD95_MM",
     "LESION_SCORES",
     "PAPER",
+    "RULES",
     "SCORES",
     "CalibrationErrord",
     "MeanRegionDice",

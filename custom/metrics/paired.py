@@ -15,6 +15,7 @@ Row = Mapping[str, Any]
 PAPER = "paper"
 UNTOUCHED = ("inner", "last")
 """Rules of selecting epochs that have not seen the scored subjects; "paper" takes the best epoch on these."""
+RULES = (PAPER, *UNTOUCHED)
 
 
 def may_infer(rules: Iterable[str | None]) -> bool:

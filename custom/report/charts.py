@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MODEL_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 INK, GRID = "#222222", "#d9dde2"
 BETTER, WORSE, OPEN = "#0072B2", "#D55E00", "#5b6570"
-PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 DIFFERENCE_AXIS = "difference of Dice on the same subjects (right of the line: better than the baseline)"
 ROOM_FOR_LABELS = 3
 """With more models than this, the figures over their bars are written upright."""
@@ -100,7 +100,7 @@ def _draw_differences(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             axes.plot(row["difference"], place, "o", color=colour, markersize=7)
         x = row["difference"] if math.isfinite(row["difference"]) else 0
         label = f"{x:+.3f} (n = {row['pairs']})" if row["pairs"] else "no subject with both"
-        axes.annotate(label, (x, place), (0, 7), textcoords="offset points", ha="center", fontsize=8, bbox=PAPER)
+        axes.annotate(label, (x, place), (0, 7), textcoords="offset points", ha="center", fontsize=8, bbox=LABEL_BOX)
     axes.set_yticks(range(len(rows)), [row["region"] for row in rows], fontsize=9)
     axes.set_ylim(-0.6, len(rows) - 0.5)
     axes.tick_params(axis="y", length=0)

@@ -216,10 +216,10 @@ class Resumer:
         self._check_settings(state.get("settings", {}))
         try:
             for key, item in self.objects.items():
-                asked = getattr(item, "t_total", None)
+                length = getattr(item, "t_total", 0)
                 unwrapped(item).load_state_dict(state[key])
-                if asked != getattr(item, "t_total", None):
-                    stretch(item, asked)
+                if length != getattr(item, "t_total", 0):
+                    stretch(item, length)
             if getattr(engine, "scaler", None) is not None and "scaler" in state:
                 engine.scaler.load_state_dict(state["scaler"])
         except (KeyError, RuntimeError, ValueError) as error:

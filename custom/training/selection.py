@@ -5,6 +5,7 @@ A score on subjects that a choice has touched is no unbiased one. The paper choo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..cohort.datalist import assign_folds
 from ..files import UserError
+from ..metrics import RULES
 from ..weights import MODEL_KEY, PROVENANCE_KEY, Weights, save_atomically
 
-RULES = ("paper", "inner", "last")
 Item = Mapping[str, Any]
 
 
@@ -93,9 +94,14 @@ class CheckpointSaver:
         provenance: what is saved beside it: plain values that say what the weights are, from what, and by whom seen.
         validator: evaluator whose key metric decides, larger is better; not asked for ``"last"``.
         selection: see :class:`Selection`.
+        interval: epochs from one validation to the next.
         momentum: for ``"last"``, share of the newest weights in a running average after each step: 1 saves those of the
             last epoch themselves, 0.005 averages over some 200 steps.
-        after: for ``"last"``, epochs before the average starts, such as those in which only a tokeniser learns.
+        after: epochs before the average of ``"last"`` or the validations start, such as those in which only a tokeniser
+            learns.
+
+    Raises:
+        UserError: when training starts, where no epoch would be validated that could be chosen.
     """
 
     def __init__(
@@ -105,6 +111,7 @@ class CheckpointSaver:
         provenance: Mapping[str, Any],
         validator: Engine,
         selection: str = "paper",
+        interval: int = 1,
         momentum: float = 1.0,
         after: int = 0,
     ) -> None:
@@ -114,15 +121,25 @@ class CheckpointSaver:
         self.validator = validator
         self.after = after
         self.selection = selection
+        self.interval = interval
         self.average = EMAHandler(self.network, momentum) if selection == "last" and momentum < 1 else None
 
     def attach(self, engine: Engine) -> None:
         """Save when an epoch of trainer ``engine``, or a validation, is complete."""
-        engine.add_event_handler(Events.STARTED, lambda _: self._start_average())  # other handlers load weights
+        engine.add_event_handler(Events.STARTED, self._start)
         if self.average is not None:
             self.average.attach(engine, warn_if_exists=False)
         decides = engine if self.selection == "last" else self.validator
         decides.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def _start(self, engine: Engine) -> None:
+        epochs = engine.state.max_epochs or math.inf
+        if self.selection != "last" and (self.after // self.interval + 1) * self.interval > epochs:
+            raise UserError(
+                f"selection {self.selection!r} chooses among validated epochs, and with val_interval {self.interval} "
+                f"none of {epochs} is validated: give a smaller one, or selection 'last'"
+            )
+        self._start_average()  # other handlers have loaded weights
 
     def __call__(self, engine: Engine) -> None:
         """Save if the epoch that ``engine``, trainer or validator, has completed is the selected one so far."""

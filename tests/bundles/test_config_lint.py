@@ -192,6 +192,13 @@ def test_an_overlay_repeats_nothing(path):
 
 
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("bundles/*/configs/*.json")), ids=name_of)
+def test_what_is_set_aside_for_choosing_an_epoch_is_trained_on_by_no_config(path):
+    config = read(path)
+    trained_on = config.get("train#dataset#data", config.get("train", {}).get("dataset", {}).get("data", ""))
+    assert "@chosen.training(@cohort.training(@fold))" in trained_on or "@cohort.training(" not in trained_on
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("bundles/*/configs/*.json")), ids=name_of)
 def test_every_config_is_laid_out_the_same_way(path):
     """One line for whatever fits into one; `custom.release.config_text` writes it so."""
     assert path.read_text(encoding="utf-8") == config_text(read(path))

@@ -113,6 +113,8 @@ def test_a_segmenter_that_cannot_be_made_says_why(weights, tmp_path):
         Segmenter(weights, thresholdz=[0.5])
     with pytest.raises(UserError, match="no device 'gpu'"):
         Segmenter(weights, device="gpu")
+    with pytest.raises(CheckpointError, match="trained at a spacing of .* not "):
+        Segmenter(weights, spacing=[1.25, 1.25, 1.25])
     with pytest.raises(UserError, match="no runtime 'tensorrt'"):
         Segmenter(weights, runtime="tensorrt")
 

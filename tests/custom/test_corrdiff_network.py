@@ -208,6 +208,8 @@ def test_presets_train_script_and_start_as_no_op(preset):
 def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="6 latent channels, the tokeniser 8"):
         CorrDiff(diffusion=LatentDiffusion(Denoiser(6)))
+    with pytest.raises(ValueError, match="16 channels of conditioning, guide_channels is 32"):
+        CorrDiff(diffusion=LatentDiffusion(Denoiser(8, 16)))
     with pytest.raises(ValueError, match="at least one"):
         CorrDiff(num_samples=0)
     with pytest.raises(ValueError, match="train at least one"):

@@ -153,6 +153,7 @@ class TestPlan:
         monkeypatch.setattr(Overlays, "values", other_rule)
         with pytest.raises(UserError, match="another selection for MedNeXt than for CoMNeT"):
             make_plan(tmp_path / "run", subjects)
+        assert make_plan(tmp_path / "run", subjects, selection="inner"), "one rule for all is what is advised"
 
 
 class TestDigest:

@@ -4,9 +4,11 @@ import errno
 import hashlib
 import os
 
+import numpy as np
 import pytest
+import torch
 
-from custom.files import FileError, file_sha256, whole_file, write_table, write_text
+from custom.files import FileError, file_sha256, option_values, whole_file, write_table, write_text
 
 
 def test_whole_file_appears_only_when_the_block_ends(tmp_path):
@@ -49,6 +51,13 @@ def test_a_full_disk_is_said(tmp_path):
 def test_file_sha256(tmp_path):
     (tmp_path / "weights").write_bytes(b"abc" * 1_000_000)
     assert file_sha256(tmp_path / "weights") == hashlib.sha256(b"abc" * 1_000_000).hexdigest()
+
+
+@pytest.mark.parametrize("given", [[0.5, 0.4], (0.5, 0.4), np.array([0.5, 0.4]), torch.tensor([0.5, 0.25])])
+def test_values_may_be_a_list_a_tuple_or_an_array(given):
+    found = option_values("thresholds", given, "two numbers", lambda one: type(one) is float, (2,))
+    assert found == tuple(float(one) for one in given)
+    assert option_values("thresholds", 0.5, "a number", lambda one: type(one) is float, (1,)) == (0.5,)
 
 
 def test_table_quotes_what_needs_it_and_writes_a_header_without_rows(tmp_path):

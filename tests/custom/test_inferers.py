@@ -9,11 +9,13 @@ import pytest
 import torch
 from ignite.engine import Events
 from monai.data import DataLoader, MetaTensor
+from monai.inferers import SlidingWindowInferer
 from monai.transforms import Lambdad
 from torch import nn
 
 from custom.inference import (
     FewWindowsInferer,
+    SlidingWindowsInferer,
     SubjectDataset,
     SubjectEvaluator,
     SubjectLoader,
@@ -136,7 +138,14 @@ def test_what_fits_the_patch_is_one_pass():
     assert torch.equal(FewWindowsInferer((48, 48, 48))(x, NeedsSixteen()), WholeVolumeInferer()(x, NeedsSixteen()))
 
 
-@pytest.mark.parametrize("inferer", [WholeVolumeInferer, lambda **given: FewWindowsInferer((32, 32, 32), **given)])
+@pytest.mark.parametrize(
+    "inferer",
+    [
+        WholeVolumeInferer,
+        lambda **given: FewWindowsInferer((32, 32, 32), **given),
+        lambda **given: SlidingWindowsInferer((32, 32, 32), **given),
+    ],
+)
 def test_mirrored_passes_are_turned_back_and_averaged(inferer):
     x = torch.rand(1, 2, 48, 40, 16)
 
@@ -149,6 +158,14 @@ def test_mirrored_passes_are_turned_back_and_averaged(inferer):
     expected = (once(x) + once(x.flip(2)).flip(2) + once(x.flip(3)).flip(3)) / 3
     assert not torch.allclose(expected, once(x))
     torch.testing.assert_close(inferer(mirror_axes=[0, 1])(x, lopsided), expected)
+
+
+def test_sliding_windows_are_monais_and_executed_as_the_others_are():
+    x, network = torch.rand(1, 4, 50, 40, 33), NeedsSixteen()
+    expected = SlidingWindowInferer((32, 32, 32), 1, 0.5, "gaussian")(x, network)
+    assert torch.equal(SlidingWindowsInferer((32, 32, 32))(x, network), expected)
+    doubled = SlidingWindowsInferer((32, 32, 32), execution=lambda network: lambda part: 2 * network(part))
+    torch.testing.assert_close(doubled(x, network), 2 * expected)
 
 
 def test_a_small_patch_makes_many_small_windows():

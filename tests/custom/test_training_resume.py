@@ -12,6 +12,7 @@ from monai.handlers import LrScheduleHandler
 from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
+from custom.files import UserError
 from custom.training import CheckpointSaver, ProgressBar, Publisher, Resumer, subjects_digest
 from custom.training.handlers import plain
 from custom.transforms import RandTorchIOd
@@ -80,7 +81,7 @@ def rates(path, *lengths):
     for epochs in lengths:
         optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
         schedule = WarmupCosineSchedule(optimizer, warmup_steps=2, warmup_multiplier=0.1, t_total=epochs)
-        engine = Engine(lambda engine, batch: optimizer.step())
+        engine = Engine(lambda engine, batch, optimizer=optimizer: optimizer.step())
 
         def note(engine, optimizer=optimizer):
             found[engine.state.epoch] = optimizer.param_groups[0]["lr"]
@@ -141,6 +142,24 @@ def test_settings_of_torchio_are_settings():
     affine = {"name": "RandomAffine", "scales": 0.1}
     described = [plain(RandTorchIOd(**affine, degrees=degrees)) for degrees in (10, 10, 45)]
     assert described[0] == described[1] != described[2]
+
+
+@pytest.mark.parametrize(
+    ("selection", "interval", "after", "refused"),
+    [("paper", 6, 0, True), ("inner", 3, 4, True), ("paper", 5, 0, False), ("last", 9, 0, False)],
+)
+def test_training_that_would_leave_no_checkpoint_does_not_begin(tmp_path, selection, interval, after, refused):
+    steps = []
+    engine = Engine(lambda engine, batch: steps.append(batch))
+    network = nn.Linear(1, 1)
+    validator = Engine(lambda engine, batch: None)
+    CheckpointSaver(str(tmp_path / "m.pt"), network, {}, validator, selection, interval, after=after).attach(engine)
+    if refused:
+        with pytest.raises(UserError, match=f"selection '{selection}' .* val_interval {interval} none of 5 is valid"):
+            engine.run([0], max_epochs=5)
+    else:
+        engine.run([0], max_epochs=5)
+    assert len(steps) == (0 if refused else 5)
 
 
 def test_an_average_leaves_what_is_frozen_as_it_is(tmp_path):

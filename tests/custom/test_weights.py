@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from custom import weights as module
+from custom.batch import Batch
 from custom.comnet import CoMNeT
 from custom.files import UserError
 from custom.release import release_weights
@@ -121,6 +122,18 @@ def test_folds_that_do_not_belong_together_are_refused(tmp_path):
         write_fold(tmp_path, fold, spacing=[1.0 + fold, 1.0, 1.0])
     with pytest.raises(CheckpointError, match=r"differ in spacing"):
         _ = Weights(tmp_path).facts
+
+
+def test_another_spacing_than_that_of_the_weights_is_refused(tmp_path):
+    write_fold(tmp_path, 0, spacing=[1.5, 1.5, 1.5])
+    weights = Weights(fold_checkpoint(tmp_path, 0))
+    weights.check_spacing((1.5, 1.5, 1.5))
+    weights.check_spacing(None)
+    with pytest.raises(
+        CheckpointError, match=r'at a spacing of \[1.5, 1.5, 1.5\] mm, not \[1, 1, 1\]: give --spacing "'
+    ):
+        Batch(str(tmp_path / "out"), {"spacing": [1, 1, 1]}, weights).inputs()
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_backbone_is_a_set_of_weights_of_itself_and_of_an_ensemble_of_one(tmp_path):
