@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import statistics
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -183,7 +184,8 @@ def main(
             for name in chosen:
                 if (item["subject"], name) in done:
                     continue
-                rng = np.random.default_rng([seed, len(item["subject"]), list(DEGRADATIONS).index(name)])
+                own = zlib.crc32(item["subject"].encode())
+                rng = np.random.default_rng([seed, own, list(DEGRADATIONS).index(name)])
                 degraded: Mapping[str, nib.Nifti1Image | None] = DEGRADATIONS[name](images, rng)
                 found = segmenter.segment(**{key: degraded.get(key) for key in MODALITIES}).label_map
                 back = resample_from_to(found, label, order=0)

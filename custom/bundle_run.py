@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import logging
 import os
@@ -39,12 +40,14 @@ def import_monai_lean() -> None:
     """Import MONAI without what a segmentation never asks of it: two thirds of the time beyond PyTorch's.
 
     For processes that train nothing. The libraries themselves can be imported as ever afterwards; only what MONAI
-    builds on them is not there.
+    builds on them is not there. The garbage collector is kept from what is imported, now and when the process ends:
+    it would look through it many times, and none of it is garbage.
     """
-    import torch  # noqa: F401
-
     if "monai" in sys.modules:
         return
+    gc.disable()
+    import torch  # noqa: F401
+
     absent: dict[str, Any] = {name: None for name in NOT_NEEDED if name not in sys.modules}  # `None`: not installed
     sharded = "torch.distributed.optim"  # Ignite takes one class from there, and SymPy with it, to know such optimisers
     if sharded not in sys.modules:
@@ -55,6 +58,8 @@ def import_monai_lean() -> None:
     finally:
         for name in absent:
             del sys.modules[name]
+        gc.freeze()
+        gc.enable()
 
 
 def reuse_memory() -> None:

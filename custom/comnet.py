@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .cohort import REGIONS
 from .files import option_values
+from .inference.inferers import check_mirror_axes
 from .weights import NUM_FOLDS
 
 PROBABILITY_MARGIN = 1e-6
@@ -44,7 +45,12 @@ class CoMNeT(nn.Module):
             refining the average once (paper, 3.2).
         refine_regions: for ET, TC and WT, whether the refinement is used; where not, the coarse logits stay.
         uncertainty: append the spread to the output, which then has six channels.
+        mirror_axes: spatial axes along which images are seen mirrored too. The folds take turns: the first sees the
+            image as it is, the next one mirrored along the first of these axes, and so on, so that it costs no time.
+            Of fewer folds than there are turns, each sees all of them, and its logits are averaged.
     """
+
+    turns: list[list[int]]
 
     def __init__(
         self,
@@ -54,6 +60,7 @@ class CoMNeT(nn.Module):
         refine_each_fold: bool = False,
         refine_regions: Sequence[bool] = (True, True, True),
         uncertainty: bool = False,
+        mirror_axes: Sequence[int] = (),
     ) -> None:
         super().__init__()
         expected = f"one answer each for {', '.join(REGIONS)}: true or false"
@@ -63,6 +70,7 @@ class CoMNeT(nn.Module):
         self.refine_each_fold = refine_each_fold
         self.refine_regions = [bool(answer) for answer in answers]
         self.uncertainty = uncertainty
+        self.turns = [[], *([2 + int(axis)] for axis in check_mirror_axes(mirror_axes))]
         self.margin = PROBABILITY_MARGIN
 
     def forward(self, image: Tensor) -> Tensor:
@@ -83,7 +91,11 @@ class CoMNeT(nn.Module):
         logits = torch.zeros(1, device=image.device)
         mean, squares, variance = torch.zeros_like(logits), torch.zeros_like(logits), torch.zeros_like(logits)
         for n, backbone in enumerate(self.backbones):
-            logits = backbone(image).float()
+            turns = self.turns if len(self.backbones) < len(self.turns) else [self.turns[n % len(self.turns)]]
+            logits = torch.zeros(1, device=image.device)
+            for axes in turns:
+                logits = logits + backbone(image.flip(axes)).float().flip(axes)
+            logits = logits / len(turns)
             if self.refine_each_fold:
                 if not torch.jit.is_scripting():
                     self.release_memory()

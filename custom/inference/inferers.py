@@ -38,6 +38,17 @@ def check_patch_size(patch_size: Any) -> tuple[int, ...]:
     return option_values("patch_size", patch_size, expected, lambda one: type(one) is int and one > 0, (3,))
 
 
+def check_mirror_axes(mirror_axes: Any) -> tuple[int, ...]:
+    """Return spatial axes along which to mirror as a tuple.
+
+    Raises:
+        UserError: they are something else.
+    """
+    return option_values(
+        "mirror_axes", mirror_axes, "axes 0, 1 or 2, in brackets", lambda one: one in (0, 1, 2), range(4)
+    )
+
+
 class WholeVolumeInferer(Inferer):
     """Run the network once on the whole volume, padded to sizes that its four downsamplings divide.
 
@@ -63,9 +74,7 @@ class WholeVolumeInferer(Inferer):
         super().__init__()
         self.divisor = divisor
         self.execution = execution
-        self.mirror_axes = option_values(
-            "mirror_axes", mirror_axes, "axes 0, 1 or 2, in brackets", lambda one: one in (0, 1, 2), range(4)
-        )
+        self.mirror_axes = check_mirror_axes(mirror_axes)
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any

@@ -47,7 +47,11 @@ def region_masks(label_map: np.ndarray, palette: str = "brats2023") -> dict[str,
 
 def region_volumes(label_map: np.ndarray, voxel_volume_mm3: float, palette: str = "brats2023") -> dict[str, float]:
     """Volume in ml of ET, TC and WT in a label map whose voxels measure `voxel_volume_mm3`."""
-    masks = region_masks(label_map, palette)
+    return mask_volumes(region_masks(label_map, palette), voxel_volume_mm3)
+
+
+def mask_volumes(masks: Mapping[str, np.ndarray], voxel_volume_mm3: float) -> dict[str, float]:
+    """Volume in ml of each of `region_masks`, whose voxels measure `voxel_volume_mm3`."""
     return {region: float(np.count_nonzero(mask) * voxel_volume_mm3 / 1000) for region, mask in masks.items()}
 
 
@@ -138,7 +142,8 @@ def qc_figure(
     label_maps = [label_map] if reference is None else [label_map, reference]
     _check_shapes(title, images, label_maps)
     masks = [region_masks(one, palette) for one in label_maps]
-    shown = _qc_rows(dict(zip(MODALITIES, map(np.nan_to_num, images), strict=True)))
+    rows = _qc_rows(dict(zip(MODALITIES, images, strict=True)))
+    shown = {told: np.nan_to_num(image) for told, image in rows.items()}
     tumours = [one["WT"] for one in masks]
     view = View.through(tumours, np.logical_or.reduce([image != 0 for image in shown.values()]), spacing)
     figure, panels = _canvas(view, shown)
@@ -147,7 +152,7 @@ def qc_figure(
             for one, style in zip(masks, ("solid", "dashed"), strict=False):
                 width = LINE_WIDTHS[region] if style == "solid" else REFERENCE_WIDTH
                 _outline(axes, view.cut(one[region], plane), region, style, width)
-    volumes = [region_volumes(one, float(np.prod(spacing)), palette) for one in label_maps]
+    volumes = [mask_volumes(one, float(np.prod(spacing))) for one in masks]
     labels = {region: f"{REGION_NAMES[region]} {volumes[0][region]:.1f} ml" for region in REGIONS}
     if reference is not None:
         labels = {region: f"{volumes[0][region]:.1f} ml (reference {volumes[1][region]:.1f} ml)" for region in labels}
@@ -203,7 +208,7 @@ def truth_figure(
     for row, regions in zip(panels, masks, strict=True):
         for axes, plane in zip(row, PLANES, strict=True):
             _paint(axes, {region: view.cut(regions[region], plane) for region in REGIONS}, view.aspect(plane))
-    true, predicted = (region_volumes(one, float(np.prod(spacing)), palette) for one in label_maps)
+    true, predicted = (mask_volumes(one, float(np.prod(spacing))) for one in masks)
     labels = {r: f"{REGION_NAMES[r]}\n{true[r]:.1f} ml, predicted {predicted[r]:.1f} ml" for r in REGIONS}
     handles = [Patch(color=REGION_COLOURS[region], label=f"{region} {text}") for region, text in labels.items()]
     _legend(figure, handles, fontsize=11, columnspacing=4.0)

@@ -84,7 +84,34 @@ def test_uncertainty_joins_the_spread_of_folds_and_samples(each):
     assert network(image).shape[1] == 3
 
 
-@pytest.mark.parametrize("options", [{}, {"refine_each_fold": True, "uncertainty": True}])
+class Lopsided(nn.Module):
+    """Another answer for a mirrored image, and for each fold."""
+
+    def __init__(self, fold):
+        super().__init__()
+        self.fold = fold
+
+    def forward(self, image):
+        return (self.fold + 1) * image[:, :3] * torch.arange(image.shape[2]).view(-1, 1, 1) / 10
+
+
+def test_folds_take_turns_in_seeing_the_image_mirrored():
+    folds = iter(range(9))
+    network, image = CoMNeT(lambda: Lopsided(next(folds)), 4, mirror_axes=[0, 2]), torch.randn(1, 4, 4, 3, 2)
+    axes = [[], [2], [4], []]
+    views = [fold(image.flip(axis)).flip(axis) for fold, axis in zip(network.backbones, axes, strict=True)]
+    torch.testing.assert_close(network(image).sigmoid(), torch.stack(views).sigmoid().mean(0))
+
+
+def test_of_fewer_folds_than_turns_each_takes_all():
+    network, image = CoMNeT(lambda: Lopsided(0), 1, mirror_axes=[0]), torch.randn(1, 4, 4, 3, 2)
+    (fold,) = network.backbones
+    torch.testing.assert_close(network(image), (fold(image) + fold(image.flip(2)).flip(2)) / 2)
+    with pytest.raises(ValueError, match="give axes 0, 1 or 2"):
+        CoMNeT(backbone, mirror_axes=[3])
+
+
+@pytest.mark.parametrize("options", [{}, {"refine_each_fold": True, "uncertainty": True, "mirror_axes": [0]}])
 def test_scripts_with_a_corrector(options):
     network, image = CoMNeT(backbone, 2, CorrDiff(), **options).eval(), torch.randn(1, 4, 8, 8, 8)
     nn.init.constant_(network.corrector.alpha, 0.3)
