@@ -28,7 +28,7 @@ def main(scores: str, dataset_dir: str | Sequence[str], output: str, number: int
         scores: folder of records and masks of held-out subjects.
         dataset_dir: where their images and true masks are; or several such folders.
         output: PNG.
-        number: of subjects, worst first by the mean Dice of regions that are there.
+        number: of subjects, worst first by the mean Dice, a region wrongly predicted counting 0.
         only: start of the names of the subjects that may be drawn, e.g. those whose terms allow it.
     """
     subjects = {one.name: one for one in find_subjects(dataset_dir)[0]}
