@@ -209,9 +209,10 @@ class CorrDiff(nn.Module):
         return outputs._replace(noise=noise, predicted_noise=predicted, signal=signal, refined=refined)
 
     def encode_condition(self, image: Tensor, coarse: Tensor) -> Tensor:
-        """Bring the 13 channels of conditioning to the latent grid of the padded image."""
-        stacked = condition(image.float(), coarse.float(), self.logit_limit)
-        return self.guide(pad_to_multiple(stacked, self.divisor))
+        """Bring the 13 channels of conditioning to the latent grid of the image, padded with sure background."""
+        image = pad_to_multiple(image.float(), self.divisor)
+        coarse = pad_to_multiple(coarse.float(), self.divisor, -self.logit_limit)
+        return self.guide(condition(image, coarse, self.logit_limit))
 
     def gain(self, image: Tensor, coarse: Tensor) -> Tensor:
         """Logits for a residual of 1, `[B, 3, *spatial]`: gate times α within the brain, 0 outside."""

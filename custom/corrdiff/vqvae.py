@@ -225,10 +225,10 @@ def draw(weight: Tensor, count: int) -> Tensor:
     return torch.multinomial(weight.double() + 1e-30, max(count, 1), replacement=True)[:count]
 
 
-def pad_to_multiple(x: Tensor, divisor: int) -> Tensor:
-    """Pad the end of each spatial axis of `x` `[B, C, D, H, W]` with zeros to a multiple of `divisor`."""
+def pad_to_multiple(x: Tensor, divisor: int, value: float = 0.0) -> Tensor:
+    """Pad the end of each spatial axis of `x` `[B, C, D, H, W]` with a value to a multiple of `divisor`."""
     d, h, w = -x.shape[2] % divisor, -x.shape[3] % divisor, -x.shape[4] % divisor
-    return F.pad(x, [0, w, 0, h, 0, d])
+    return F.pad(x, [0, w, 0, h, 0, d], value=value)
 
 
 def crop_like(x: Tensor, like: Tensor) -> Tensor:

@@ -220,6 +220,21 @@ def test_condition_encoder_reaches_the_latent_grid():
     assert ConditionEncoder(13, 32, factor=4)(torch.zeros(1, 13, 16, 8, 12)).shape == (1, 32, 4, 2, 3)
 
 
+def test_what_is_padded_is_sure_background():
+    network = tiny().eval()
+    image, coarse, _ = subject()
+    size = [-(-length // network.divisor) * network.divisor for length in image.shape[2:]]
+    whole, sure = image.new_zeros(1, 4, *size), coarse.new_full((1, 3, *size), -30.0)
+    corner = (..., *(slice(length) for length in image.shape[2:]))
+    cut = image[..., :-3], coarse[..., :-3]
+    whole[corner], sure[corner] = image, coarse
+    whole[..., image.shape[4] - 3 :], sure[..., image.shape[4] - 3 :] = 0, -30.0
+    with torch.no_grad():
+        torch.testing.assert_close(
+            network.encode_condition(*cut), network.encode_condition(whole, sure), atol=1e-4, rtol=1e-4
+        )
+
+
 def test_upsampling_is_nearest_neighbour_and_a_convolution():
     upsampling, x = Upsampling(8), torch.randn(2, 8, 5, 3, 4)
     nearest, convolution = upsampling
