@@ -18,6 +18,7 @@ from .bundle_run import bundle_root, config_value, ensemble_settings, plainly, r
 from .cohort import MODALITIES, missing_modalities, subject_from_files
 from .files import UserError
 from .inference import NativeGridWriter, PostprocessRegionsd, SaveSubjectd, told_warnings, volumes_ml
+from .transforms import check_spacing
 from .weights import Weights
 
 Image: TypeAlias = "str | os.PathLike[str] | nib.Nifti1Image"
@@ -75,7 +76,7 @@ class Segmenter:
         parser = ConfigParser()
         parser.read_config(str(config))
         parser.update(config_value(places | {"runtime": runtime} | ensemble_settings(found, device) | settings))
-        found.check_spacing(parser.get_parsed_content("spacing"))
+        found.check_spacing(check_spacing(parser.get_parsed_content("spacing")))
         self._device = parser.get_parsed_content("device")
         self._amp = parser.get_parsed_content("amp") and self._device.type == "cuda"
         self._palette = parser.get_parsed_content("output_palette")

@@ -26,7 +26,7 @@ from .cohort.checks import read_mask
 from .files import BATCH_MARK, PARTIAL, UserError, is_batch, lock_folder, make_folder, write_table, write_text
 from .inference import SUBJECT_KEY, told_warnings, volumes_ml
 from .inference.writer import is_ours
-from .transforms import label_map_to_regions
+from .transforms import check_spacing, label_map_to_regions
 from .weights import CheckpointError, Weights
 
 logger = logging.getLogger("comnet")
@@ -262,7 +262,8 @@ class Batch:
 
     def _claim(self) -> None:
         """Make sure of weights and output folder before the dataset is looked at."""
-        self.weights.check_spacing(self.settings.get("spacing"))
+        if "spacing" in self.settings:
+            self.weights.check_spacing(check_spacing(self.settings["spacing"]), self.settings.get("backbone"))
         self._note = f"{self.weights.note}\nsha256 {self.weights.sha256}\n"
         if idist.get_rank() == 0:
             self.folder.claim()
@@ -478,9 +479,8 @@ class Batch:
     def _failures(self) -> list[dict[str, str]]:
         excluded = [asdict(one) for one in getattr(self.cohort, "exclusions", ())]
         failed = [record for record in self.records.values() if record["status"] == "failed"]
-        return excluded + [
-            {key: one[key] for key in ("subject", "reason")} | {"file": "", "remedy": ""} for one in failed
-        ]
+        told = [{key: one[key] for key in ("subject", "reason")} for one in failed]
+        return excluded + [one | {"file": "", "remedy": ""} for one in told]
 
     def _key(self, name: str) -> str:
         """Digest of all that the result of a subject depends on."""

@@ -169,6 +169,16 @@ class CropToBraind(CropForegroundd):
         super().__init__(key, key, nonzero_voxels, start_coord_key=None, end_coord_key=None)
 
 
+def check_spacing(spacing: Any) -> tuple[float, ...]:
+    """Return a spacing in mm as a tuple of three lengths.
+
+    Raises:
+        UserError: it is something else.
+    """
+    expected = "three lengths in mm, such as [1,1,1]"
+    return option_values("spacing", spacing, expected, lambda one: is_number(one, 0.1, 100), (3,))
+
+
 class ResampleToSpacingd(MapTransform, InvertibleTransform):
     """Resample to a spacing in mm, only where the input is not already there; invertible.
 
@@ -185,9 +195,7 @@ class ResampleToSpacingd(MapTransform, InvertibleTransform):
 
     def __init__(self, keys: KeysCollection, pixdim: Sequence[float]) -> None:
         super().__init__(keys)
-        expected = "three lengths in mm, such as [1,1,1]"
-        spacing = option_values("spacing", pixdim, expected, lambda one: is_number(one, 0.1, 100), (3,))
-        self.pixdim = np.asarray(spacing, dtype=float)
+        self.pixdim = np.asarray(check_spacing(pixdim), dtype=float)
         self.spacing = Spacing(pixdim=list(pixdim), mode="bilinear", padding_mode="border", dtype=torch.float32)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

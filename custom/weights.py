@@ -252,14 +252,16 @@ class Weights:
         check_settings(self.facts, self.path)
         return {name: self.facts[name] for name in (*TRUSTED, *NUMBERS) if self.facts.get(name) is not None}
 
-    def check_spacing(self, spacing: Sequence[float] | None) -> None:
+    def check_spacing(self, spacing: Sequence[float], backbone: str | None = None) -> None:
         """Refuse images of another voxel size, in mm, than that which the weights were trained on.
+
+        A backbone that is another one as well is told when they are loaded.
 
         Raises:
             CheckpointError: the weights name another one.
         """
-        own = self.facts.get("spacing")
-        if own is not None and spacing is not None and list(map(float, own)) != list(map(float, spacing)):
+        own = self.facts.get("spacing", spacing)
+        if tuple(own) != tuple(spacing) and backbone in (None, self.facts.get("backbone")):
             raise CheckpointError(
                 f"the weights in {self.path} were trained at a spacing of {list(own)} mm, not {list(spacing)}: give "
                 f'--spacing "{list(own)}"'

@@ -128,7 +128,7 @@ def test_another_spacing_than_that_of_the_weights_is_refused(tmp_path):
     write_fold(tmp_path, 0, spacing=[1.5, 1.5, 1.5])
     weights = Weights(fold_checkpoint(tmp_path, 0))
     weights.check_spacing((1.5, 1.5, 1.5))
-    weights.check_spacing(None)
+    weights.check_spacing((1, 1, 1), backbone="another, which does not fit")
     with pytest.raises(
         CheckpointError, match=r'at a spacing of \[1.5, 1.5, 1.5\] mm, not \[1, 1, 1\]: give --spacing "'
     ):
