@@ -32,7 +32,7 @@ from timing import environment, forget_peak, markdown_table, peak_resident_bytes
 from custom.api import Segmenter
 from custom.clinical.brain import extract_brain
 from custom.clinical.masks import to_scanned
-from custom.clinical.registration import one_mm_grid, resample
+from custom.clinical.registration import one_mm_grid, ras_affine, resample
 from custom.clinical.scanner import HEAD_MM, Protocol, Scan, cover, labels_on, scan_head
 from custom.clinical.study import Prepared, load_prepared
 from custom.cohort import MODALITIES, PALETTES, find_subjects
@@ -153,10 +153,7 @@ def _whole_grid(prepared: Prepared) -> tuple[object, np.ndarray]:
     import SimpleITK as sitk
 
     grid = one_mm_grid(sitk.ReadImage(str(prepared.scanned(prepared.reference)), sitk.sitkFloat32))
-    affine = np.eye(4)
-    affine[:3, :3] = np.array(grid.GetDirection()).reshape(3, 3) * grid.GetSpacing()
-    affine[:3, 3] = grid.GetOrigin()
-    return grid, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    return grid, ras_affine(grid)
 
 
 def _heads(prepared: Prepared, poses: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

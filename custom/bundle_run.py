@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .weights import Weights
 
 FAULT_LOG = "comnet-error.log"
+NOT_LOCATED = "Cannot locate class or function path"
+"""What MONAI says where a config, or who overrules it, names something that is not there."""
 
 
 NOT_NEEDED = (
@@ -178,6 +180,9 @@ def known_error(error: BaseException) -> UserError | None:
     """Find what is meant for users in an error or what caused it; ``None`` if it is a fault of ours."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, UserError):
+        if isinstance(found, ModuleNotFoundError) and str(found).startswith(NOT_LOCATED):
+            name = str(found).removeprefix(NOT_LOCATED).strip(" :.")
+            return UserError(f"there is no {name}: give a whole name, such as custom.mednext.mednext_base")
         found = found.__cause__
     return found
 

@@ -17,6 +17,7 @@ from ..cohort.volumes import image_at, write_whole
 from ..files import whole_file
 from .conversion import read_headers, slice_geometry
 from .reading import read_study
+from .registration import LPS
 from .study import Prepared, study_folder
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ def _frames(label_map: np.ndarray, affine: np.ndarray, headers: Sequence[Any]) -
     geometry[:3, 2] = row * spacings[0, 1]
     geometry[:3, 3] = first
     shape = (len(positions), int(headers[0].Rows), int(headers[0].Columns))
-    to_index = np.linalg.inv(affine) @ np.diag([-1.0, -1.0, 1.0, 1.0]) @ geometry
+    to_index = np.linalg.inv(affine) @ LPS @ geometry
     exact = np.round(to_index)
     corner = np.array([*(n - 1 for n in shape), 1])
     if np.abs((to_index - exact) @ corner).max() > 0.1:

@@ -13,13 +13,12 @@ from scipy import ndimage
 
 from ..cohort import MODALITIES
 from ..files import whole_file
+from ..report.pictures import ALERT, BACKGROUND, INK, PLANES, REGION_COLOURS
 from .reading import NAMES
 
 AROUND_BRAIN_MM = 8.0
 TILE_MM = 22.0
-PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}
-COLOURS = {"ET": "#D55E00", "TC": "#F0E442", "WT": "#56B4E9"}
-BACKGROUND, INK, ALERT, OUTLINE = "#0b0d10", "#f2f2f2", "#ffb454", "#3ddc84"
+OUTLINE = "#3ddc84"
 
 
 def draw_preparation(
@@ -115,11 +114,11 @@ def draw_segmentation(
     for panel, k in zip(panels, slices, strict=False):  # may be fewer
         _panel(panel, np.take(image, k, axis=axis), _aspect(spacing, axis))
         panel.set_title(f"slice {k + 1} of {image.shape[axis]}", color=INK, fontsize=9, pad=2)
-        for name, region in reversed(list(zip(COLOURS, masks, strict=True))):
+        for name, region in reversed(list(zip(REGION_COLOURS, masks, strict=True))):
             if (cut := np.take(region, k, axis=axis)).any():
-                panel.contour(cut.T, [0.5], colors=[COLOURS[name]], linewidths=1.3)
+                panel.contour(cut.T, [0.5], colors=[REGION_COLOURS[name]], linewidths=1.3)
     figure.text(0.012, 0.985, title, color=INK, fontsize=15, weight="bold", va="top", parse_math=False)
-    for k, (name, colour) in enumerate(COLOURS.items()):
+    for k, (name, colour) in enumerate(REGION_COLOURS.items()):
         figure.text(0.012 + 0.05 * k, 0.94, name, color=colour, fontsize=12, weight="bold", va="top")
     figure.text(0.988, 0.94, "Right of the patient is left. Research use.", color=INK, fontsize=9, va="top", ha="right")
     figure.text(0.2, 0.94, _wrapped(warnings, 120), color=ALERT, fontsize=9, va="top", parse_math=False)

@@ -78,6 +78,14 @@ def resample(image: sitk.Image, grid: sitk.Image, matrix: np.ndarray | None = No
     return resampler.Execute(image)
 
 
+def ras_affine(image: sitk.Image) -> np.ndarray:
+    """Affine [4, 4] of a SimpleITK image, in mm, RAS."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    return LPS @ affine
+
+
 def register(fixed: sitk.Image, moving: sitk.Image, seed: int = 0) -> Motion:
     """Register `moving` rigidly to `fixed` by mutual information, from two starts, and keep the better.
 

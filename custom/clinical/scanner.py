@@ -18,9 +18,9 @@ from scipy.spatial.transform import Rotation
 
 from ..cohort import MODALITIES
 from ..phantom import simulate
+from .registration import LPS
 
 HEAD_MM = np.array((196.0, 236.0, 216.0))
-LPS_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 #                  T1n   T1c   T2w   FLAIR
 COVERINGS = {
     "meninges": (0.28, 0.40, 1.00, 0.15),
@@ -265,7 +265,7 @@ class _Study:
 
     def write(self, number: int, protocol: Protocol, volume: np.ndarray, affine: np.ndarray, **attributes: Any) -> None:
         """Write `volume` [columns, rows, slices]; `attributes` replace what the protocol would say."""
-        lps = LPS_RAS @ affine
+        lps = LPS @ affine
         columns, rows, slices = volume.shape
         voxel = np.linalg.norm(lps[:3, :3], axis=0)
         pixels = np.clip(np.rint(volume), 0, 4095).astype(np.uint16)

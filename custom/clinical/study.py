@@ -29,7 +29,7 @@ from ..files import FULL, UserError, whole_file, write_table, write_text
 from .brain import TOOLS, check_brain, extract_brain, read_brain_mask
 from .conversion import convert
 from .reading import MAPPING, MAPPING_COLUMNS, NAMES, RECORD, Series, Study, read_study
-from .registration import check, enhancement, one_mm_grid, register, resample
+from .registration import check, enhancement, one_mm_grid, ras_affine, register, resample
 from .series import choose
 from .shading import without_shading
 
@@ -282,7 +282,7 @@ def _prepare(
         told += check(motions[modality], name, modality)
         heads[modality] = resample(scanned[modality], grid, motions[modality].matrix)
     lap("registration")
-    affine = _ras_affine(grid)
+    affine = ras_affine(grid)
     arrays = {m: sitk.GetArrayFromImage(heads[m]).transpose(2, 1, 0) for m in MODALITIES if m in heads}
     if own is not None:
         brain = _on_grid(own, grid) > 0.5
@@ -354,17 +354,10 @@ def _box(mask: np.ndarray) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def _ras_affine(image: Any) -> np.ndarray:
-    affine = np.eye(4)
-    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
-    affine[:3, 3] = image.GetOrigin()
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-
-
 def _on_grid(image: nib.Nifti1Image, grid: Any) -> np.ndarray:
     from scipy import ndimage
 
-    to_own = np.linalg.inv(image.affine) @ _ras_affine(grid)
+    to_own = np.linalg.inv(image.affine) @ ras_affine(grid)
     voxels = np.asanyarray(image.dataobj).astype(np.float32)
     return ndimage.affine_transform(voxels, to_own, output_shape=grid.GetSize(), order=1)
 

@@ -197,9 +197,13 @@ class SubjectLoader(DataLoader):
     Args:
         dataset: the subjects.
         num_workers: 0 prepares each subject when its turn comes; any other number reads one ahead.
+
+    Raises:
+        UserError: the number is none.
     """
 
     def __init__(self, dataset: Dataset, num_workers: int = 1) -> None:
+        option_values("num_workers", num_workers, "a whole number", lambda one: type(one) is int, (1,))
         super().__init__(dataset, batch_size=1, num_workers=0)
         self.reads_ahead = num_workers > 0
 
