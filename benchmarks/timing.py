@@ -77,10 +77,10 @@ def in_fresh_process(script: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def environment() -> str:
-    """One line: versions, processor, threads."""
+    """One line: versions, processor and the widest of its vectors that PyTorch uses, threads."""
     return (
         f"torch {torch.__version__}, monai {monai.__version__}, Python {platform.python_version()}, "
-        f"{cpu_model()}, {torch.get_num_threads()} threads"
+        f"{cpu_model()} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import inspect
 import json
@@ -348,9 +349,8 @@ def demo_training(
     segment(str(run / "held_out"), output_dir=str(run / "segmented"), weights=str(run / "ensemble"))
     tell_results(run)
     print(f"and at {steps}: from one backbone to the whole, on subjects that no fold has seen")
-    print(
-        f"and at {run / 'segmented' / 'report.html'}: what `comnet segment --weights {run / 'ensemble'}` makes of them"
-    )
+    page = run / "segmented" / "report.html"
+    print(f"and at {page}: what `comnet segment --weights {run / 'ensemble'}` makes of them")
 
 
 def demo(
@@ -419,7 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import fire
 
     fire.decorators.FIRE_METADATA = "_FIRE_METADATA"  # else every help offers a group of that name
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    alone, arguments = arguments is None, list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[-1] in ("--help", "-h"):  # Fire alone would complain of missing arguments as well
         arguments[-1:] = ["--", "--help"]
     try:
@@ -431,6 +431,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit("comnet: stopped; the same command goes on from here")
     except Exception as error:
         sys.exit(f"comnet: {known_reason(error) or log_fault(error, _output_folder(arguments))}")
+    finally:
+        if alone:  # the process ends: that the collector looks through all of it once more takes half a second
+            gc.freeze()
 
 
 def as_typed(command: Callable[..., None]) -> Callable[..., None]:
