@@ -39,7 +39,7 @@ def main(scores: str, dataset_dir: str | Sequence[str], output: str, number: int
     for axes, name in zip(panels[0], worst, strict=True):
         brain = np.asarray(_canonical(subjects[name].images[3]).dataobj) > 0
         truth = region_masks(np.asarray(_canonical(subjects[name].label).dataobj), subjects[name].palette)
-        (mask,) = Path(scores, name).glob("*_seg.nii.gz")
+        (mask,) = Path(scores).glob(f"**/{name}/{name}_seg.nii.gz")
         found = region_masks(np.asarray(_canonical(mask).dataobj))
         wrong = np.sum([truth[region] ^ found[region] for region in REGIONS], axis=0)
         level = int(wrong.sum(axis=(0, 1)).argmax())

@@ -47,15 +47,16 @@ def import_monai_lean() -> None:
     """
     if "monai" in sys.modules:
         return
+    absent: dict[str, Any] = {}
     gc.disable()
-    import torch  # noqa: F401
-
-    absent: dict[str, Any] = {name: None for name in NOT_NEEDED if name not in sys.modules}  # `None`: not installed
-    sharded = "torch.distributed.optim"  # Ignite takes one class from there, and SymPy with it, to know such optimisers
-    if sharded not in sys.modules:
-        absent[sharded] = SimpleNamespace(ZeroRedundancyOptimizer=type("ZeroRedundancyOptimizer", (), {}))
-    sys.modules.update(absent)
     try:
+        import torch  # noqa: F401
+
+        absent |= {name: None for name in NOT_NEEDED if name not in sys.modules}  # `None`: not installed
+        sharded = "torch.distributed.optim"  # Ignite takes a class from there, and SymPy with it, to know optimisers
+        if sharded not in sys.modules:
+            absent[sharded] = SimpleNamespace(ZeroRedundancyOptimizer=type("ZeroRedundancyOptimizer", (), {}))
+        sys.modules.update(absent)
         import monai.bundle  # noqa: F401
     finally:
         for name in absent:
@@ -182,7 +183,7 @@ def known_error(error: BaseException) -> UserError | None:
     while found is not None and not isinstance(found, UserError):
         if isinstance(found, ModuleNotFoundError) and str(found).startswith(NOT_LOCATED):
             name = str(found).removeprefix(NOT_LOCATED).strip(" :.")
-            return UserError(f"there is no {name}: give a whole name, such as custom.mednext.mednext_base")
+            return UserError(f"there is no {name}: give its whole name, in the option or config that has this one")
         found = found.__cause__
     return found
 

@@ -93,7 +93,7 @@ def segment(
     settings = ensemble_settings(found, device)
     print(f"weights: {found.note}", file=sys.stderr)
     if sliding_window:
-        settings |= {"inferer": "@sliding_window", "mirror_axes": []}
+        settings |= {"inferer": "@sliding_window"}
 
     for own, option in OWN_NAMES.items():
         if own in overrides:

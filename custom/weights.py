@@ -260,7 +260,7 @@ class Weights:
         Raises:
             CheckpointError: the weights name another one.
         """
-        own = self.facts.get("spacing", spacing)
+        own = self.facts.get("spacing") or spacing
         if tuple(own) != tuple(spacing) and backbone in (None, self.facts.get("backbone")):
             raise CheckpointError(
                 f"the weights in {self.path} were trained at a spacing of {list(own)} mm, not {list(spacing)}: give "

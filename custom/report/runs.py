@@ -117,7 +117,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> Run:
 
 
 def read_scores(scores_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read the scores of all subjects that an evaluation has left in a folder, or several in folders in it.
+    """Read the scores of all subjects that an evaluation has left in a folder, or those of folds in its `fold<k>`.
 
     Raises:
         UserError: a record is not what it should be; says which.
@@ -191,10 +191,9 @@ def _scores(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _record_files(scores_dir: Path) -> dict[str, Path]:
-    """Records by subject: of one evaluation, or of several, each in a folder of its own."""
-    found = [*scores_dir.glob("*/record.json"), *scores_dir.glob("*/*/record.json")]
-    files = {path.parent.name: path for path in found}
-    return dict(sorted(files.items()))
+    """Records by subject: of several evaluations, each in a folder of its own, else of one."""
+    found = [*scores_dir.glob("fold*/*/record.json")] or [*scores_dir.glob("*/record.json")]
+    return {path.parent.name: path for path in sorted(found, key=lambda path: path.parent.name)}
 
 
 def _read(path: Path, optional: bool = False) -> dict[str, Any]:

@@ -296,7 +296,7 @@ class Publisher:
         engine.add_event_handler(Events.COMPLETED, self.publish)
 
     def publish(self, engine: Engine) -> None:
-        """Copy (rank 0 only); without a checkpoint, because no validation was due, there is nothing to do."""
+        """Copy (rank 0 only); without a checkpoint, as after a round without validation, there is nothing to do."""
         if idist.get_rank() == 0 and self.source.is_file():
             with whole_file(self.target) as temporary:
                 shutil.copyfile(self.source, temporary)

@@ -95,6 +95,7 @@ class CheckpointSaver:
         validator: evaluator whose key metric decides, larger is better; not asked for ``"last"``.
         selection: see :class:`Selection`.
         interval: epochs from one validation to the next.
+        epochs: of the whole training, of which a federated round is a part; by default as many as the trainer's.
         momentum: for ``"last"``, share of the newest weights in a running average after each step: 1 saves those of the
             last epoch themselves, 0.005 averages over some 200 steps.
         after: epochs before the average of ``"last"`` or the validations start, such as those in which only a tokeniser
@@ -112,6 +113,7 @@ class CheckpointSaver:
         validator: Engine,
         selection: str = "paper",
         interval: int = 1,
+        epochs: int | None = None,
         momentum: float = 1.0,
         after: int = 0,
     ) -> None:
@@ -122,6 +124,7 @@ class CheckpointSaver:
         self.after = after
         self.selection = selection
         self.interval = interval
+        self.epochs = epochs
         self.average = EMAHandler(self.network, momentum) if selection == "last" and momentum < 1 else None
 
     def attach(self, engine: Engine) -> None:
@@ -133,7 +136,7 @@ class CheckpointSaver:
         decides.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def _start(self, engine: Engine) -> None:
-        epochs = engine.state.max_epochs or math.inf
+        epochs = self.epochs or engine.state.max_epochs or math.inf
         if self.selection != "last" and (self.after // self.interval + 1) * self.interval > epochs:
             raise UserError(
                 f"selection {self.selection!r} chooses among validated epochs, and with val_interval {self.interval} "

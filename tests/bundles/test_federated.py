@@ -16,7 +16,7 @@ from custom.mednext import mednext_tiny
 def client(phantoms, tmp_path) -> MonaiAlgo:
     root = str(BUNDLES / "comnet_mednext")
     settings = TINY | {"bundle_root": root, "dataset_dir": str(phantoms), "num_folds": 2, "resume": False}
-    settings |= {"models_dir": str(tmp_path)}
+    settings |= {"models_dir": str(tmp_path), "max_epochs": 4, "val_interval": 2}  # a round has one epoch
     algo = MonaiAlgo(
         root,
         config_evaluate_filename="configs/train.json",

@@ -25,7 +25,9 @@ from custom.mednext import mednext_tiny
 from custom.release import BUNDLES, WEIGHTS, pack
 from custom.weights import save_atomically
 
-FACTS = {"backbone": TINY["backbone"], "spacing": TINY["spacing"], "num_folds": 2, "notes": "untrained"}
+FACTS = {"backbone": TINY["backbone"], "spacing": TINY["spacing"], "num_folds": 2, "notes": "untrained"} | {
+    "mirror_axes": [0]
+}
 NETWORKS = {
     "comnet_mednext": mednext_tiny,
     "comnet_corrdiff": lambda: CoMNeT(mednext_tiny, 1, corrdiff_tiny()),

@@ -136,7 +136,7 @@ def test_a_wrong_value_is_told_before_an_earlier_result_is_touched(dataset, weig
         ("spacing", "0", "give three lengths in mm"),
         ("refine_regions", "3", "one answer each for ET, TC, WT"),
         ("num_workers", "abc", "give a whole number"),
-        ("backbone", "custom.nosuch.backbone", "there is no 'custom.nosuch.backbone': give a whole name"),
+        ("backbone", "custom.nosuch.backbone", "there is no 'custom.nosuch.backbone': give its whole name"),
     ):
         message = comnet(*words, f"--{option}", value)
         assert told in str(message) and option in message and "\n" not in message

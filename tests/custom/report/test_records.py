@@ -22,7 +22,7 @@ def run_dir(tmp_path, three_models):
 
 
 def _write(run_dir, key, subject, record):
-    folder = run_dir / key / "scores" / subject
+    folder = run_dir / key / "scores" / f"fold{'abcdef'.index(subject) % 2}" / subject
     folder.mkdir(parents=True)
     (folder / "record.json").write_text(json.dumps(record))
 
@@ -36,7 +36,22 @@ def test_scores_by_model_and_subject(run_dir):
     assert run.last_model == "CoMNeT" and run.subjects == list("abcde")
     assert run.notes["MedNeXt"] == "mednext weights" and run.tuning == {}
     assert list(run.of("e")) == ["SegResNet", "MedNeXt"]
-    assert run.file("CoMNeT", "a", "qc.png") == run_dir / "comnet" / "scores" / "a" / "a_qc.png"
+    assert run.file("CoMNeT", "b", "qc.png") == run_dir / "comnet" / "scores" / "fold1" / "b" / "b_qc.png"
+    assert run.weights("CoMNeT", "b") == "comnet weights"
+
+
+def test_a_run_of_before_folds_had_folders_is_read_until_it_is_scored_again(run_dir):
+    for folder in list((run_dir / "mednext" / "scores").glob("*/*")):
+        folder.rename(run_dir / "mednext" / "scores" / folder.name)
+    for folder in (run_dir / "mednext" / "scores").glob("fold*"):
+        folder.rmdir()
+    run = read_run(run_dir)
+    assert [score["subject"] for score in run.scores if score["model"] == "MedNeXt"] == list("abcde")
+    assert run.weights("MedNeXt", "b") == "mednext weights"
+    _write(run_dir, "mednext", "a", {"status": "done", "weights": "new", "scores": run.of("a")["MedNeXt"]})
+    run = read_run(run_dir)
+    assert [score["subject"] for score in run.scores if score["model"] == "MedNeXt"] == ["a"]
+    assert run.notes["MedNeXt"] == "new" and run.not_scored["MedNeXt"] == list("bcdef")
 
 
 def test_what_is_missing(run_dir):
@@ -57,7 +72,7 @@ def test_no_scores_at_all(tmp_path):
 
 @pytest.mark.parametrize("content", ["{broken", "[1]"])
 def test_a_broken_file_is_named(run_dir, content):
-    path = run_dir / "mednext" / "scores" / "b" / "record.json"
+    path = run_dir / "mednext" / "scores" / "fold1" / "b" / "record.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"b/record\.json .*delete it"):
         read_run(run_dir)
