@@ -180,7 +180,12 @@ def test_output_settings_are_the_same_in_all_inference_configs():
     )
     weights = {"fold", "checkpoint", "weights_dir", "weights", "num_folds", "network_def", "batch", "handlers"}
     tuned = {"refine_regions", "refine_each_fold", "thresholds", "min_volume_mm3"}
-    for key in (set(corrdiff) | set(ensemble)) - weights - tuned:
+    inferers = {"few_windows", "whole_volume", "sliding_window"}
+    for inferer in inferers:  # an ensemble mirrors in itself
+        assert corrdiff[inferer] == ensemble[inferer] | {"mirror_axes": "@mirror_axes"}
+        assert mednext[inferer] == corrdiff[inferer]
+    assert ensemble["network_def"]["mirror_axes"] == "@mirror_axes"
+    for key in (set(corrdiff) | set(ensemble)) - weights - tuned - inferers:
         assert corrdiff[key] == ensemble[key], key
     corrector = {"segresnet_filters", "corrector", "num_samples", "seed", "refine_regions"}
     maps = {"write_uncertainty", "map_keys", "probability_transforms", "mask_transforms"}
