@@ -12,12 +12,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from timing import peak_resident_bytes
+from custom.bundle_run import import_monai_lean
 
-from custom import cli, comnet
-from custom.batch import Batch
-from custom.inference import SubjectDataset, SubjectEvaluator
-from custom.mednext.openvino import OpenVINOMedNeXt
+import_monai_lean()  # first, as the command does: the clock's own helpers import MONAI whole
+
+from timing import peak_resident_bytes  # noqa: E402
+
+from custom import cli, comnet  # noqa: E402
+from custom.batch import Batch  # noqa: E402
+from custom.inference import SubjectDataset, SubjectEvaluator  # noqa: E402
+from custom.mednext.openvino import OpenVINOMedNeXt  # noqa: E402
 
 seconds: defaultdict[str, float] = defaultdict(float)
 
