@@ -180,6 +180,7 @@ def test_output_settings_are_the_same_in_all_inference_configs():
     )
     weights = {"fold", "checkpoint", "weights_dir", "weights", "num_folds", "network_def", "batch", "handlers"}
     tuned = {"refine_regions", "refine_each_fold", "thresholds", "min_volume_mm3"}
+    assert all(config["batch"]["settings"]["amp"] == "@amp" for config in (mednext, corrdiff, ensemble))
     inferers = {"few_windows", "whole_volume", "sliding_window"}
     for inferer in inferers:  # an ensemble mirrors in itself
         assert corrdiff[inferer] == ensemble[inferer] | {"mirror_axes": "@mirror_axes"}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import sys
@@ -24,6 +25,7 @@ from custom.weights import (
     save_atomically,
 )
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 opened: list[str] = []
 sys.addaudithook(lambda event, args: opened.append(os.path.realpath(args[0])) if is_open(event, args) else None)
 
@@ -134,6 +136,13 @@ def test_another_spacing_than_that_of_the_weights_is_refused(tmp_path):
     ):
         Batch(str(tmp_path / "out"), {"spacing": [1, 1, 1]}, weights).inputs()
     assert not (tmp_path / "out").exists()
+
+
+def test_how_often_the_corrector_was_sampled_in_tuning_is_a_setting(tmp_path):
+    write_fold(tmp_path, 0, num_samples=4)
+    assert Weights(fold_checkpoint(tmp_path, 0)).settings["num_samples"] == 4
+    tuned = json.loads((REPOSITORY / "bundles/comnet_ensemble/configs/train.json").read_text())
+    assert tuned["provenance"]["num_samples"] == "@num_samples"
 
 
 def test_one_backbone_is_a_set_of_weights_of_itself_and_of_an_ensemble_of_one(tmp_path):
