@@ -76,7 +76,7 @@ class Segmenter:
         parser = ConfigParser()
         parser.read_config(str(config))
         parser.update(config_value(places | {"runtime": runtime} | ensemble_settings(found, device) | settings))
-        found.check_spacing(check_spacing(parser.get_parsed_content("spacing")))
+        found.refuse_other_spacing(check_spacing(parser.get_parsed_content("spacing")))
         self._device = parser.get_parsed_content("device")
         self._amp = parser.get_parsed_content("amp") and self._device.type == "cuda"
         self._palette = parser.get_parsed_content("output_palette")

@@ -263,7 +263,7 @@ class Batch:
     def _claim(self) -> None:
         """Make sure of weights and output folder before the dataset is looked at."""
         if "spacing" in self.settings:
-            self.weights.check_spacing(check_spacing(self.settings["spacing"]), self.settings.get("backbone"))
+            self.weights.refuse_other_spacing(check_spacing(self.settings["spacing"]), self.settings.get("backbone"))
         self._note = f"{self.weights.note}\nsha256 {self.weights.sha256}\n"
         if idist.get_rank() == 0:
             self.folder.claim()

@@ -122,8 +122,8 @@ def segment(
         return
     postprocessing = {key: values.get(key, found.tuned[key]) for key in ("thresholds", "min_volume_mm3")}
     config = json.loads((bundle_root("comnet_ensemble") / "configs" / "inference.json").read_text(encoding="utf-8"))
-    for option, value in {"palette": "output_palette", "fill_holes": "fill_holes"}.items():
-        postprocessing[option] = values.get(value, config[value])
+    shared = config | values
+    postprocessing |= {"palette": shared["output_palette"], "fill_holes": shared["fill_holes"]}
     preparing |= {"chosen": files, "without": _listed(preparing.get("without")), "pictures": pictures}
     preparing["number"] = preparing.pop("study", None)
     segment_raw([_path(one) for one in inputs], _path(output_dir), run, preparing, postprocessing, every_series)

@@ -252,8 +252,8 @@ class Weights:
         check_settings(self.facts, self.path)
         return {name: self.facts[name] for name in (*TRUSTED, *NUMBERS) if self.facts.get(name) is not None}
 
-    def check_spacing(self, spacing: Sequence[float], backbone: str | None = None) -> None:
-        """Refuse images of another voxel size, in mm, than that which the weights were trained on.
+    def refuse_other_spacing(self, spacing: Sequence[float], backbone: str | None = None) -> None:
+        """Make sure that images have the voxel size, in mm, which the weights were trained on.
 
         A backbone that is another one as well is told when they are loaded.
 

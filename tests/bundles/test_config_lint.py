@@ -37,7 +37,7 @@ OWN = {
     *("probability_transforms", "mask_transforms", "datalist_file", "max_epochs", "warmup_epochs", "patience"),
     *("coarse", "loss", "optimizer", "provenance", "early_stop", "run"),
     *("saver", "resumed", "settings"),
-    *("few_windows", "whole_volume", "sliding_window"),  # an ensemble mirrors in itself: its folds take turns
+    *("few_windows", "whole_volume", "sliding_window"),  # an ensemble mirrors in itself; compared in test_configs
     *("train#preprocessing_transforms", "train#random_transforms", "train#preprocessing"),
     *("train#dataset", "train#inferer", "train#handlers", "train#trainer"),
     *("validate#dataset", "validate#inferer", "validate#evaluator", "validate#handlers", "validate#label_transforms"),

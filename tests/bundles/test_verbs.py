@@ -25,9 +25,8 @@ from custom.mednext import mednext_tiny
 from custom.release import BUNDLES, WEIGHTS, pack
 from custom.weights import save_atomically
 
-FACTS = {"backbone": TINY["backbone"], "spacing": TINY["spacing"], "num_folds": 2, "notes": "untrained"} | {
-    "mirror_axes": [0]
-}
+FACTS = {name: TINY[name] for name in ("backbone", "spacing")}
+FACTS |= {"num_folds": 2, "mirror_axes": [0], "notes": "untrained"}
 NETWORKS = {
     "comnet_mednext": mednext_tiny,
     "comnet_corrdiff": lambda: CoMNeT(mednext_tiny, 1, corrdiff_tiny()),

@@ -129,8 +129,8 @@ def test_folds_that_do_not_belong_together_are_refused(tmp_path):
 def test_another_spacing_than_that_of_the_weights_is_refused(tmp_path):
     write_fold(tmp_path, 0, spacing=[1.5, 1.5, 1.5])
     weights = Weights(fold_checkpoint(tmp_path, 0))
-    weights.check_spacing((1.5, 1.5, 1.5))
-    weights.check_spacing((1, 1, 1), backbone="another, which does not fit")
+    weights.refuse_other_spacing((1.5, 1.5, 1.5))
+    weights.refuse_other_spacing((1, 1, 1), backbone="another, which does not fit")
     with pytest.raises(
         CheckpointError, match=r'at a spacing of \[1.5, 1.5, 1.5\] mm, not \[1, 1, 1\]: give --spacing "'
     ):
